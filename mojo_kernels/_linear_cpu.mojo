@@ -1,0 +1,110 @@
+"""CPU path of `mili.linear`: one register tile over packed panels, the same sums for any number of rows.
+
+A panel holds 32 output rows of the weight. bfloat16 panels are [K/2][32][2]: two neighbours in k sit in one 32-bit lane, so
+that one AVX-512 `vdpbf16ps` advances 16 output rows by two k. float32 panels are [K][32]. Lanes run over output rows, so there is
+no horizontal sum, and every output element is accumulated over k in ascending order whatever the tile height: a row of y has the
+same bits alone, in a batch, or in a chunk of a prompt.
+"""
+
+from ._prelude import *
+
+comptime HAS_BF16_DOT = CompilationTarget._has_feature["avx512bf16"]()
+comptime WIDTH = min(simd_width_of[F32](), PANEL)
+comptime VECS = PANEL // WIDTH  # vectors that span one panel
+# Tile height: as many accumulators as leave registers for the panel's vectors (32 registers with AVX-512, 16 with AVX2).
+comptime MAX_ROWS = 12 if WIDTH >= 16 else 3
+
+
+@always_inline
+def _dot2_bf16(acc: SIMD[F32, 16], w: SIMD[BF16, 32], x: SIMD[BF16, 32]) -> SIMD[F32, 16]:
+    """Adds w[2i] x[2i] + w[2i+1] x[2i+1] to lane i."""
+    return llvm_intrinsic["llvm.x86.avx512bf16.dpbf16ps.512", SIMD[F32, 16], has_side_effect=False](acc, w, x)
+
+
+@always_inline
+def _step[dtype: DType, ROWS: Int](
+    mut acc: Array[SIMD[F32, WIDTH], ROWS * VECS], x: Ptr[dtype], panel: Ptr[dtype], k: Int, step: Int
+):
+    """Advances the tile by one step of k: two values for bfloat16, one for float32."""
+    comptime if dtype == BF16:
+        var words = x.unsafe_bitcast[Int32]()
+        comptime if HAS_BF16_DOT and WIDTH == 16:
+            var w = Array[SIMD[BF16, 32], VECS](fill=0)
+            comptime for v in range(VECS):
+                w[v] = rebind[Ptr[BF16]](panel).unsafe_load[width=32, alignment=64](step * PANEL * 2 + v * 32)
+            comptime for r in range(ROWS):
+                var pair = bitcast[BF16, 32](SIMD[DType.int32, 16](words[unsafe_offset=r * (k // 2) + step]))
+                comptime for v in range(VECS):
+                    acc[r * VECS + v] = rebind[SIMD[F32, WIDTH]](
+                        _dot2_bf16(rebind[SIMD[F32, 16]](acc[r * VECS + v]), w[v], pair)
+                    )
+        else:
+            var packed = panel.unsafe_bitcast[Int32]()
+            comptime for v in range(VECS):
+                var w = packed.unsafe_load[width=WIDTH](step * PANEL + v * WIDTH)
+                var even = bitcast[F32, WIDTH](w << 16)
+                var odd = bitcast[F32, WIDTH](w & 0xFFFF0000)
+                comptime for r in range(ROWS):
+                    var at = r * k + 2 * step
+                    var a = acc[r * VECS + v]
+                    a = even.fma(SIMD[F32, WIDTH](x[unsafe_offset=at].cast[F32]()), a)
+                    acc[r * VECS + v] = odd.fma(SIMD[F32, WIDTH](x[unsafe_offset=at + 1].cast[F32]()), a)
+    else:
+        comptime for v in range(VECS):
+            var w = panel.unsafe_load[width=WIDTH](step * PANEL + v * WIDTH).cast[F32]()
+            comptime for r in range(ROWS):
+                var b = SIMD[F32, WIDTH](x[unsafe_offset=r * k + step].cast[F32]())
+                acc[r * VECS + v] = w.fma(b, acc[r * VECS + v])
+
+
+@always_inline
+def _tile[dtype: DType, out_dtype: DType, ROWS: Int, has_bias: Bool](
+    y: Ptr[out_dtype], x: Ptr[dtype], panel: Ptr[dtype], bias: Ptr[dtype], columns: Int, n: Int, k: Int
+):
+    """Computes ROWS rows by `columns` <= 32 columns; y, x and bias point at the tile's first element."""
+    var acc = Array[SIMD[F32, WIDTH], ROWS * VECS](fill=0)
+    for step in range(k // 2 if dtype == BF16 else k):
+        _step[dtype, ROWS](acc, x, panel, k, step)
+    comptime for r in range(ROWS):
+        comptime for v in range(VECS):
+            var value = acc[r * VECS + v]
+            if columns == PANEL:
+                comptime if has_bias:
+                    value += bias.unsafe_load[width=WIDTH](v * WIDTH).cast[F32]()
+                y.unsafe_store(r * n + v * WIDTH, value.cast[out_dtype]())
+            else:
+                for i in range(min(max(columns - v * WIDTH, 0), WIDTH)):
+                    var one = value[i]
+                    comptime if has_bias:
+                        one += bias[unsafe_offset=v * WIDTH + i].cast[F32]()
+                    y[unsafe_offset=r * n + v * WIDTH + i] = one.cast[out_dtype]()
+
+
+def linear_cpu[dtype: DType, out_dtype: DType, has_bias: Bool](
+    y: Ptr[out_dtype], x: Ptr[dtype], w: Ptr[dtype], bias: Ptr[dtype], m: Int, n: Int, k: Int
+):
+    """Computes y[m, n] = x[m, k] w^T (+ bias) with w in panels, parallel over runs of panels."""
+    var panels = ceildiv(n, PANEL)
+    var workers = num_physical_cores()
+    # Few long runs: each worker streams one contiguous stretch of the weight; four a worker even out a busy core.
+    var tasks = min(panels, workers * 4)
+
+    def task(t: Int) {var}:
+        for p in range(panels * t // tasks, panels * (t + 1) // tasks):
+            var panel = w.unsafe_offset(p * PANEL * k)
+            var columns = min(PANEL, n - p * PANEL)
+            var yp = y.unsafe_offset(p * PANEL)
+            var bp = bias.unsafe_offset(p * PANEL) if has_bias else bias
+            var row = 0
+            while row + MAX_ROWS <= m:
+                _tile[dtype, out_dtype, MAX_ROWS, has_bias](
+                    yp.unsafe_offset(row * n), x.unsafe_offset(row * k), panel, bp, columns, n, k
+                )
+                row += MAX_ROWS
+            comptime for rows in range(1, MAX_ROWS):
+                if m - row == rows:
+                    _tile[dtype, out_dtype, rows, has_bias](
+                        yp.unsafe_offset(row * n), x.unsafe_offset(row * k), panel, bp, columns, n, k
+                    )
+
+    sync_parallelize(task, tasks)

@@ -1,0 +1,233 @@
+"""RMSNorm with the residual add fused in, for all rows or for chosen rows.
+
+Math:      r = round(x + residual);  y = r / sqrt(mean(r^2) + eps) * weight
+Shapes:    add_rms_norm:      y [T, H], residual_out [T, H] = x [T, H], residual [T, H], weight [H]
+           add_rms_norm_rows: y [R, H] = x [T, H], residual [T, H], rows [R] int32, weight [H]; only rows rows[i] are read
+Dtypes:    bfloat16 or float32; sum of squares in float32; r is rounded to the dtype before it is normalised, so that y belongs
+           to the residual that the next layer sees
+CPU:       parallel over rows; SIMD over H with a scalar tail
+GPU:       one thread block of 256 threads per row; warp sums, then one shared-memory pass; x and residual are read once
+Bound:     bytes = 4 R H sizeof(dtype) (3 for _rows); flops = 5 R H
+Limits:    H is any positive number; 16-byte accesses on the GPU when H allows, else one element at a time
+Source:    Zhang and Sennrich 2019 (arXiv 1910.07467)
+"""
+
+from ._prelude import *
+
+comptime BLOCK = 256
+
+
+@always_inline
+def _add_norm_row_cpu[dtype: DType, store_residual: Bool](
+    y: Ptr[dtype], residual_out: Ptr[dtype], x: Ptr[dtype], residual: Ptr[dtype], weight: Ptr[dtype], h: Int, eps: Float32
+):
+    """One row. y holds r between the two passes when the residual itself is not stored."""
+    comptime W = simd_width_of[F32]()
+    var kept = residual_out if store_residual else y
+    var squares = SIMD[F32, W](0)
+    var i = 0
+    while i + W <= h:
+        var r = (x.unsafe_load[width=W](i).cast[F32]() + residual.unsafe_load[width=W](i).cast[F32]()).cast[dtype]()
+        kept.unsafe_store(i, r)
+        squares = r.cast[F32]().fma(r.cast[F32](), squares)
+        i += W
+    var total = squares.reduce_add()
+    while i < h:
+        var r = (x[unsafe_offset=i].cast[F32]() + residual[unsafe_offset=i].cast[F32]()).cast[dtype]()
+        kept[unsafe_offset=i] = r
+        total += r.cast[F32]() * r.cast[F32]()
+        i += 1
+    var scale = 1 / sqrt(total / Float32(h) + eps)
+    i = 0
+    while i + W <= h:
+        var r = kept.unsafe_load[width=W](i).cast[F32]()
+        y.unsafe_store(i, (r * scale * weight.unsafe_load[width=W](i).cast[F32]()).cast[dtype]())
+        i += W
+    while i < h:
+        y[unsafe_offset=i] = (kept[unsafe_offset=i].cast[F32]() * scale * weight[unsafe_offset=i].cast[F32]()).cast[dtype]()
+        i += 1
+
+
+def _add_norm_kernel[dtype: DType, VEC: Int, chosen_rows: Bool](
+    y: Ptr[dtype],
+    residual_out: Ptr[dtype],
+    x: Ptr[dtype],
+    residual: Ptr[dtype],
+    rows: Ptr[DType.int32],
+    weight: Ptr[dtype],
+    h32: Int32,
+    eps: Float32,
+):
+    comptime ALIGN = VEC * size_of[dtype]()
+    var h = Int(h32)
+    var partial = unsafe_stack_allocation[BLOCK // WARP_SIZE, Float32, address_space=AddressSpace.SHARED]()
+    var source = block_idx.x * h
+    comptime if chosen_rows:
+        source = Int(rows[unsafe_offset=block_idx.x]) * h
+    # y holds r between the passes for chosen rows: the same thread reads back what it wrote.
+    var kept = y if chosen_rows else residual_out
+    var out = block_idx.x * h
+    var total = Float32(0)
+    var i = thread_idx.x * VEC
+    while i < h:
+        var r = (
+            x.unsafe_load[width=VEC, alignment=ALIGN](source + i).cast[F32]()
+            + residual.unsafe_load[width=VEC, alignment=ALIGN](source + i).cast[F32]()
+        ).cast[dtype]()
+        kept.unsafe_store[alignment=ALIGN](out + i, r)
+        var f = r.cast[F32]()
+        total += (f * f).reduce_add()
+        i += BLOCK * VEC
+    total = warp.sum(total)
+    if lane_id() == 0:
+        partial[unsafe_offset=warp_id()] = total
+    barrier()
+    total = 0
+    comptime for j in range(BLOCK // WARP_SIZE):
+        total += partial[unsafe_offset=j]
+    var scale = 1 / sqrt(total / Float32(h) + eps)
+    i = thread_idx.x * VEC
+    while i < h:
+        var r = kept.unsafe_load[width=VEC, alignment=ALIGN](out + i).cast[F32]()
+        var w = weight.unsafe_load[width=VEC, alignment=ALIGN](i).cast[F32]()
+        y.unsafe_store[alignment=ALIGN](out + i, (r * scale * w).cast[dtype]())
+        i += BLOCK * VEC
+
+
+def _add_norm_gpu[dtype: DType, chosen_rows: Bool](
+    y: Ptr[dtype],
+    residual_out: Ptr[dtype],
+    x: Ptr[dtype],
+    residual: Ptr[dtype],
+    rows: Ptr[DType.int32],
+    weight: Ptr[dtype],
+    num_rows: Int,
+    h: Int,
+    eps: Float32,
+    ctx: DeviceContext,
+) raises:
+    comptime VEC = 16 // size_of[dtype]()
+    if h % VEC == 0:
+        comptime kernel = _add_norm_kernel[dtype, VEC, chosen_rows]
+        ctx.enqueue_function[kernel](
+            y, residual_out, x, residual, rows, weight, Int32(h), eps, grid_dim=num_rows, block_dim=BLOCK
+        )
+    else:
+        comptime kernel = _add_norm_kernel[dtype, 1, chosen_rows]
+        ctx.enqueue_function[kernel](
+            y, residual_out, x, residual, rows, weight, Int32(h), eps, grid_dim=num_rows, block_dim=BLOCK
+        )
+
+
+@extensibility.register("mili.add_rms_norm")
+struct AddRmsNorm:
+    """Adds x to the residual stream and normalises the sum."""
+
+    @staticmethod
+    def execute[
+        target: StaticString, eps: Float32
+    ](
+        y: OutputTensor[rank=2, ...],
+        residual_out: OutputTensor[dtype=y.dtype, rank=2, ...],
+        x: InputTensor[dtype=y.dtype, rank=2, ...],
+        residual: InputTensor[dtype=y.dtype, rank=2, ...],
+        weight: InputTensor[dtype=y.dtype, rank=1, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """Runs the op.
+
+        Parameters:
+            target: "cpu" or "gpu".
+            eps: Added to the mean square.
+
+        Args:
+            y: Normalised rows [T, H].
+            residual_out: Sum x + residual [T, H].
+            x: Output of the previous block [T, H].
+            residual: Residual stream [T, H].
+            weight: Gain [H].
+            ctx: Device context.
+
+        Raises:
+            Error: If a launch fails.
+        """
+        var rows = y.dim_size(0)
+        var h = y.dim_size(1)
+        if rows == 0:
+            return
+        var yp = y.unsafe_ptr()
+        var op = residual_out.unsafe_ptr()
+        var xp = x.unsafe_ptr()
+        var rp = residual.unsafe_ptr()
+        var wp = weight.unsafe_ptr()
+        comptime if is_cpu[target]():
+
+            def row(t: Int) {var}:
+                var at = t * h
+                _add_norm_row_cpu[y.dtype, True](
+                    yp.unsafe_offset(at), op.unsafe_offset(at), xp.unsafe_offset(at), rp.unsafe_offset(at), wp, h, eps
+                )
+
+            parallelize(row, rows)
+        elif is_gpu[target]():
+            var unused = yp.unsafe_bitcast[Int32]()
+            _add_norm_gpu[y.dtype, False](yp, op, xp, rp, unused, wp, rows, h, eps, ctx)
+        else:
+            comptime assert False, "mili.add_rms_norm: unsupported target"
+
+
+@extensibility.register("mili.add_rms_norm_rows")
+struct AddRmsNormRows:
+    """Adds and normalises chosen rows only: the last norm, before the LM head."""
+
+    @staticmethod
+    def execute[
+        target: StaticString, eps: Float32
+    ](
+        y: OutputTensor[rank=2, ...],
+        x: InputTensor[dtype=y.dtype, rank=2, ...],
+        residual: InputTensor[dtype=y.dtype, rank=2, ...],
+        rows: InputTensor[dtype=DType.int32, rank=1, ...],
+        weight: InputTensor[dtype=y.dtype, rank=1, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """Runs the op.
+
+        Parameters:
+            target: "cpu" or "gpu".
+            eps: Added to the mean square.
+
+        Args:
+            y: Normalised rows [R, H].
+            x: Output of the last block [T, H].
+            residual: Residual stream [T, H].
+            rows: Row numbers [R], each below T.
+            weight: Gain [H].
+            ctx: Device context.
+
+        Raises:
+            Error: If a launch fails.
+        """
+        var num_rows = y.dim_size(0)
+        var h = y.dim_size(1)
+        if num_rows == 0:
+            return
+        var yp = y.unsafe_ptr()
+        var xp = x.unsafe_ptr()
+        var rp = residual.unsafe_ptr()
+        var ip = rows.unsafe_ptr()
+        var wp = weight.unsafe_ptr()
+        comptime if is_cpu[target]():
+
+            def row(i: Int) {var}:
+                var at = Int(ip[unsafe_offset=i]) * h
+                var out = yp.unsafe_offset(i * h)
+                _add_norm_row_cpu[y.dtype, False](
+                    out, out, xp.unsafe_offset(at), rp.unsafe_offset(at), wp, h, eps
+                )
+
+            parallelize(row, num_rows)
+        elif is_gpu[target]():
+            _add_norm_gpu[y.dtype, True](yp, yp, xp, rp, ip, wp, num_rows, h, eps, ctx)
+        else:
+            comptime assert False, "mili.add_rms_norm_rows: unsupported target"
