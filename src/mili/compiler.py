@@ -1,0 +1,150 @@
+"""From a model's config to a compiled graph, through a cache on disk.
+
+Knows what a compiled graph depends on and how MAX compiles, exports and reads one; knows no weights and runs nothing. Invariant: a
+cached artefact is used only under a key made of everything that went into it (mili's kernels and graph code, MAX's version, the
+config's shapes, dtype, page size, target), because MAX itself matches an artefact by nothing but its path.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from max import driver
+from max.dtype import DType
+from max.engine import InferenceSession
+from max.engine.api import CompiledModel, read
+from max.graph import DeviceRef
+
+from mili.config import ModelConfig
+from mili.models.qwen3 import build_graph
+from mili.ops._call import kernels_path
+
+__all__ = ["Target", "artefact_key", "artefact_path", "cache_folder", "compiled_step"]
+
+log = logging.getLogger(__name__)
+
+# What the graph reads of a config; anything else may change without a new artefact.
+_GRAPH_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+)
+# Host code of a GPU artefact only launches kernels: a plain instruction set lets one artefact serve any x86-64 host.
+_GPU_HOST_CPU = "x86-64-v3"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a graph is compiled for: "cpu" with a fingerprint of its instruction set, or "gpu" with an architecture."""
+
+    kind: str
+    arch: str
+
+    @classmethod
+    def of(cls, device: driver.Device) -> "Target":
+        """The target that `device` is."""
+        if device.is_host:
+            return cls("cpu", _host_fingerprint())
+        return cls("gpu", device.architecture_name)
+
+
+def cache_folder() -> Path:
+    """Where compiled graphs are kept: $MILI_CACHE_DIR, else `mili` in $XDG_CACHE_HOME or ~/.cache."""
+    if folder := os.environ.get("MILI_CACHE_DIR"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mili"
+
+
+def artefact_key(config: ModelConfig, dtype: str, page_size: int, target: Target) -> str:
+    """Hex digest of everything a compiled step depends on."""
+    facts = {
+        "max": version("max"),
+        "sources": _sources_digest(),
+        "config": {name: getattr(config, name) for name in _GRAPH_FIELDS},
+        "dtype": dtype,
+        "page_size": page_size,
+        "target": asdict(target),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def artefact_path(config: ModelConfig, dtype: str, page_size: int, target: Target) -> Path:
+    """Where the compiled step is or will be."""
+    return cache_folder() / f"qwen3-{artefact_key(config, dtype, page_size, target)}.mef"
+
+
+def compiled_step(
+    session: InferenceSession, config: ModelConfig, dtype: str, page_size: int, target: Target
+) -> CompiledModel:
+    """Return the compiled graph of one step, from the cache if it is there; compile and keep it otherwise.
+
+    An unreadable artefact is compiled anew. A cache folder that cannot be written costs the next start, not this one.
+    """
+    path = artefact_path(config, dtype, page_size, target)
+    if path.is_file():
+        try:
+            return read(path)
+        except Exception as error:
+            log.warning("compiling again: %s is not readable (%s)", path, error)
+    log.info("compiling the %d-layer network for %s (once; kept in %s)", config.num_hidden_layers, target.kind, path)
+    device = DeviceRef.CPU() if target.kind == "cpu" else DeviceRef.GPU()
+    before = driver.get_virtual_cpu_target()
+    if target.kind == "gpu":
+        driver.set_virtual_cpu_target(_GPU_HOST_CPU)
+    try:
+        compiled = session.compile(build_graph(config, DType[dtype], page_size, device))
+    finally:
+        driver.set_virtual_cpu_target(before)
+    try:
+        _export(compiled, path)
+    except OSError as error:
+        log.warning("the compiled graph could not be kept in %s: %s", path.parent, error)
+    return compiled
+
+
+def _export(compiled: CompiledModel, path: Path) -> None:
+    """Write beside the final name and rename, so that a reader never sees half an artefact."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        compiled.export_mef(name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@cache
+def _sources_digest() -> str:
+    """Digest of the kernels and of the Python that builds the graph."""
+    package = Path(__file__).parent
+    files = [*kernels_path().glob("*.mojo"), *(package / "ops").glob("*.py"), package / "models" / "qwen3.py"]
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda f: f.name):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@cache
+def _host_fingerprint() -> str:
+    """Architecture and instruction-set flags of this CPU: code compiled for it may not run on another."""
+    facts = [os.uname().machine]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        facts += sorted({line for line in lines if line.startswith(("flags", "Features", "model\t", "cpu family"))})
+    except OSError:
+        facts.append(os.uname().version)
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

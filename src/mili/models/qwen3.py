@@ -1,0 +1,240 @@
+"""The Qwen3 dense network as one graph: forward pass, LM head and sampling of a ragged batch.
+
+Attribute and weight names spell exactly like checkpoint keys; fused weights are named for what they fuse. Knows the network and
+the order of a step's inputs; knows no files, no requests and no device memory. Invariant: every dim that changes from step to step
+is symbolic, so one compiled graph serves prefill, decode and any mix, and the layers are calls of one subgraph, so compile time does
+not grow with depth.
+"""
+
+from dataclasses import dataclass
+
+from max.dtype import DType
+from max.graph import BufferType, BufferValue, DeviceRef, Graph, TensorType, TensorValue, ops
+
+from mili.config import ModelConfig
+from mili.ops._call import kernels_path
+from mili.ops.activation import silu_mul
+from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_norm_rope_store
+from mili.ops.embedding import embedding
+from mili.ops.linear import linear, linear_weight_shape
+from mili.ops.norm import add_rms_norm, add_rms_norm_rows
+from mili.ops.sampling import sample
+
+__all__ = ["INPUT_NAMES", "WeightSpec", "build_graph", "weight_specs"]
+
+# The step's arrays in the order of the graph's inputs; the caches and the rotary table follow them.
+INPUT_NAMES = (
+    "token_ids",
+    "positions",
+    "slots",
+    "query_starts",
+    "seq_lens",
+    "page_table",
+    "logit_rows",
+    "floats",
+    "ints",
+    "edit_starts",
+    "edit_ids",
+    "edit_values",
+    "max_query_len",
+    "max_seq_len",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """One weight of the graph: the checkpoint tensors it is made of, row after row."""
+
+    name: str
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]  # [N, K] of a matrix, [N] of a vector, before packing
+
+
+def weight_specs(config: ModelConfig) -> list[WeightSpec]:
+    """Every weight the graph binds, in the order a checkpoint stores them."""
+    hidden, head_dim = config.hidden_size, config.head_dim
+    specs = [
+        WeightSpec("model.embed_tokens.weight", ("model.embed_tokens.weight",), (config.vocab_size, hidden)),
+        WeightSpec("model.norm.weight", ("model.norm.weight",), (hidden,)),
+    ]
+    if not config.tie_word_embeddings:
+        specs.append(WeightSpec("lm_head.weight", ("lm_head.weight",), (config.vocab_size, hidden)))
+    for layer in range(config.num_hidden_layers):
+        at = f"model.layers.{layer}."
+        for name, (parts, shape) in _layer_table(config).items():
+            specs.append(WeightSpec(at + name, tuple(at + part for part in parts), shape))
+    assert all(head_dim == s.shape[0] for s in specs if s.name.endswith(("q_norm.weight", "k_norm.weight")))
+    return specs
+
+
+def _layer_table(config: ModelConfig) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Graph weight of a layer -> (its checkpoint tensors, shape). Fusion is this table and nothing else."""
+    hidden, inter, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    q, k, v, o = (f"self_attn.{x}_proj" for x in "qkvo")
+    table: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+        "input_layernorm.weight": (("input_layernorm.weight",), (hidden,)),
+        "self_attn.qkv_proj.weight": ((f"{q}.weight", f"{k}.weight", f"{v}.weight"), (q_size + 2 * kv_size, hidden)),
+        "self_attn.q_norm.weight": (("self_attn.q_norm.weight",), (head_dim,)),
+        "self_attn.k_norm.weight": (("self_attn.k_norm.weight",), (head_dim,)),
+        "self_attn.o_proj.weight": ((f"{o}.weight",), (hidden, q_size)),
+        "post_attention_layernorm.weight": (("post_attention_layernorm.weight",), (hidden,)),
+        "mlp.gate_up_proj.weight": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), (2 * inter, hidden)),
+        "mlp.down_proj.weight": (("mlp.down_proj.weight",), (hidden, inter)),
+    }
+    if config.attention_bias:
+        table["self_attn.qkv_proj.bias"] = ((f"{q}.bias", f"{k}.bias", f"{v}.bias"), (q_size + 2 * kv_size,))
+        table["self_attn.o_proj.bias"] = ((f"{o}.bias",), (hidden,))
+    return table
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The values every layer reads."""
+
+    cos_sin: TensorValue
+    positions: TensorValue
+    slots: TensorValue
+    page_table: TensorValue
+    query_starts: TensorValue
+    seq_lens: TensorValue
+    max_query_len: TensorValue
+    max_seq_len: TensorValue
+    k_cache: BufferValue
+    v_cache: BufferValue
+
+    def values(self) -> list[TensorValue | BufferValue]:
+        return [getattr(self, name) for name in _Step.__slots__]
+
+
+def build_graph(config: ModelConfig, dtype: DType, page_size: int, device: DeviceRef) -> Graph:
+    """Build the graph of one step.
+
+    Inputs, in order: `INPUT_NAMES` (T tokens, B requests, P pages of the longest table, R logit rows, E logit edits), cos_sin
+    [M, D] float32, k_cache and v_cache (see `kv_cache_shapes`, written in place). Outputs: token_ids [R] int32, logprobs [R]
+    float32, ranks [R] int32, top_ids [R, 20] int32, top_logprobs [R, 20] float32. Weights are external, named as in `weight_specs`.
+    """
+    on_cpu = device.is_cpu()
+    i32, f32 = DType.int32, DType.float32
+
+    def tensor(dtype: DType, *shape: int | str) -> TensorType:
+        return TensorType(dtype, list(shape), device)
+
+    scalar = TensorType(i32, [], DeviceRef.CPU())
+    shapes = kv_cache_shapes(
+        config.num_hidden_layers, "pages", config.num_key_value_heads, page_size, config.head_dim, on_cpu
+    )
+    types: dict[str, TensorType | BufferType] = {
+        "token_ids": tensor(i32, "T"),
+        "positions": tensor(i32, "T"),
+        "slots": tensor(i32, "T"),
+        "query_starts": tensor(i32, "B_plus_1"),
+        "seq_lens": tensor(i32, "B"),
+        "page_table": tensor(i32, "B", "P"),
+        "logit_rows": tensor(i32, "R"),
+        "floats": tensor(f32, "R", 3),
+        "ints": tensor(i32, "R", 6),
+        "edit_starts": tensor(i32, "R_plus_1"),
+        "edit_ids": tensor(i32, "E"),
+        "edit_values": tensor(f32, "E", 3),
+        "max_query_len": scalar,
+        "max_seq_len": scalar,
+        "cos_sin": tensor(f32, "M", config.head_dim),
+        "k_cache": BufferType(dtype, shapes[0], device),
+        "v_cache": BufferType(dtype, shapes[1], device),
+    }
+    assert tuple(types)[: len(INPUT_NAMES)] == INPUT_NAMES
+    with Graph("qwen3", input_types=types.values(), custom_extensions=[kernels_path()]) as graph:
+        given = {
+            name: value.buffer if isinstance(types[name], BufferType) else value.tensor
+            for name, value in zip(types, graph.inputs, strict=True)
+        }
+        step = _Step(**{name: given[name] for name in _Step.__slots__})  # type: ignore[arg-type]
+        table = _weight("model.embed_tokens.weight", (config.vocab_size, config.hidden_size), dtype, device)
+        x, residual = embedding(_tensor(given["token_ids"]), table, config.hidden_size)
+        layer_graph: Graph | None = None
+        for number in range(config.num_hidden_layers):
+            layer = ops.constant(number, i32, device=DeviceRef.CPU())
+            if layer_graph is None:
+                layer_graph = _layer_graph(graph, config, dtype, device, step, x, layer)
+            outputs = ops.call(layer_graph, x, residual, layer, *step.values(), prefix=f"model.layers.{number}.")
+            x, residual = outputs[0].tensor, outputs[1].tensor
+        norm = _weight("model.norm.weight", (config.hidden_size,), dtype, device)
+        last = add_rms_norm_rows(x, residual, _tensor(given["logit_rows"]), norm, config.rms_norm_eps)
+        head = table
+        if not config.tie_word_embeddings:
+            head = _weight("lm_head.weight", (config.vocab_size, config.hidden_size), dtype, device)
+        logits = linear(last, head, config.vocab_size, out_dtype=f32)
+        edits = ("floats", "ints", "edit_starts", "edit_ids", "edit_values")
+        graph.output(*sample(logits, *(_tensor(given[name]) for name in edits)))
+    return graph
+
+
+def _layer_graph(
+    graph: Graph,
+    config: ModelConfig,
+    dtype: DType,
+    device: DeviceRef,
+    step: _Step,
+    x: TensorValue,
+    layer: TensorValue,
+) -> Graph:
+    """One decoder layer as a subgraph: (x, residual, layer, step) -> (x, residual)."""
+    values = step.values()
+    types = [x.type, x.type, layer.type, *(value.type for value in values)]
+    with graph.add_subgraph("qwen3_layer", input_types=types, custom_extensions=[kernels_path()]) as sub:
+        inputs = list(sub.inputs)
+        rest = [v.buffer if isinstance(t, BufferType) else v.tensor for v, t in zip(inputs[3:], types[3:], strict=True)]
+        inner = _Step(*rest)  # type: ignore[arg-type]
+        weights = {
+            name: _weight(name, shape, dtype, device, placeholder=True)
+            for name, (_, shape) in _layer_table(config).items()
+        }
+        sub.output(*_layer(config, weights, inputs[0].tensor, inputs[1].tensor, inputs[2].tensor, inner))
+    return sub
+
+
+def _layer(
+    config: ModelConfig,
+    weights: dict[str, TensorValue],
+    x: TensorValue,
+    residual: TensorValue,
+    layer: TensorValue,
+    step: _Step,
+) -> tuple[TensorValue, TensorValue]:
+    """x [T, H] is what the previous block adds to the residual stream [T, H]; the adds happen inside the norms."""
+    head_dim, eps = config.head_dim, config.rms_norm_eps
+    cache = CacheView(step.k_cache, step.v_cache, layer)
+    x, residual = add_rms_norm(x, residual, weights["input_layernorm.weight"], eps)
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    qkv = linear(x, weights["self_attn.qkv_proj.weight"], heads * head_dim, weights.get("self_attn.qkv_proj.bias"))
+    q_norm, k_norm = weights["self_attn.q_norm.weight"], weights["self_attn.k_norm.weight"]
+    q = qk_norm_rope_store(qkv, q_norm, k_norm, step.cos_sin, step.positions, step.slots, cache, eps)
+    attended = paged_attention(
+        q,
+        cache,
+        step.page_table,
+        step.query_starts,
+        step.seq_lens,
+        step.max_query_len,
+        step.max_seq_len,
+        head_dim**-0.5,
+    )
+    x = linear(attended, weights["self_attn.o_proj.weight"], config.hidden_size, weights.get("self_attn.o_proj.bias"))
+    x, residual = add_rms_norm(x, residual, weights["post_attention_layernorm.weight"], eps)
+    gate_up = linear(x, weights["mlp.gate_up_proj.weight"], 2 * config.intermediate_size)
+    x = linear(silu_mul(gate_up), weights["mlp.down_proj.weight"], config.hidden_size)
+    return x, residual
+
+
+def _weight(
+    name: str, shape: tuple[int, ...], dtype: DType, device: DeviceRef, placeholder: bool = False
+) -> TensorValue:
+    """Declare a weight that is bound when the compiled graph is initialised; matrices are packed on the CPU."""
+    stored = linear_weight_shape(*shape, on_cpu=device.is_cpu()) if len(shape) == 2 else list(shape)
+    return ops.constant_external(name, TensorType(dtype, stored, device), is_placeholder=placeholder)
+
+
+def _tensor(value: TensorValue | BufferValue) -> TensorValue:
+    assert isinstance(value, TensorValue)
+    return value
