@@ -18,12 +18,12 @@ MODEL_TYPE = "qwen3"
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (64, 128)  # what the attention kernels are compiled for
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+_KIND_KEYS = ("architectures", "model_type", "hidden_act", "quantization_config", "dtype", "torch_dtype")
+_SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+_HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "rms_norm_eps")
+_OTHER_KEYS = ("use_sliding_window", "sliding_window", "layer_types", "tie_word_embeddings", "eos_token_id")
 # Every field that is read, hence every field that may be overridden.
-_KEYS = frozenset(
-    "architectures model_type hidden_act quantization_config use_sliding_window sliding_window layer_types vocab_size "
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps "
-    "max_position_embeddings tie_word_embeddings attention_bias dtype torch_dtype eos_token_id".split()
-).union(_ROPE_KEYS)
+_KEYS = frozenset(_ROPE_KEYS + _KIND_KEYS + _SIZE_KEYS + _HEAD_KEYS + _OTHER_KEYS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,9 @@ from mili.config._fields import Fields
 from mili.errors import ConfigError, UnsupportedModelError
 
 ROPE_TYPES = ("default", "yarn")
-_KEYS = frozenset(
-    "rope_type rope_theta factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale "
-    "mscale_all_dim truncate partial_rotary_factor".split()
-)
+_COMMON_KEYS = ("rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings")
+_YARN_KEYS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+_KEYS = frozenset(_COMMON_KEYS + _YARN_KEYS)
 
 
 @dataclass(frozen=True, slots=True)

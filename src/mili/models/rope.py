@@ -63,7 +63,7 @@ def _attention_factor(rope: RopeConfig) -> float:
     return scale(1.0)
 
 
-def rope_table(rope: RopeConfig, max_len: int, head_dim: int) -> NDArray[np.float32]:
+def rope_table(rope: RopeConfig, head_dim: int, max_len: int) -> NDArray[np.float32]:
     """Cosines then sines of positions 0..max_len-1, float32 [max_len, head_dim], C-contiguous."""
     frequencies, factor = rope_frequencies(rope, head_dim)
     half = head_dim // 2
