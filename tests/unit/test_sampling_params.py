@@ -17,19 +17,20 @@ def test_defaults_change_nothing() -> None:
     assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (1, 1.0, 1.0, 0, 0.0)
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.0, 0.0, 1.0)
     assert params.max_tokens is None and params.logprobs is None and params.seed is None
-    assert params.stop == params.stop_token_ids == params.bad_words == ()
+    assert not params.stop and not params.stop_token_ids and not params.bad_words
 
 
 def test_values_are_normalised() -> None:
-    params = SamplingParams(
-        temperature=np.float32(0.5),
-        top_k=-1,
-        stop="END",
-        stop_token_ids=np.array([3, 4]),
-        bad_words=["a", "b"],
-        logit_bias={"7": 1, 8: np.float64(-2)},  # type: ignore[dict-item]
-        logprobs=np.int64(3),
-    )
+    given: dict[str, Any] = {
+        "temperature": np.float32(0.5),
+        "top_k": -1,
+        "stop": "END",
+        "stop_token_ids": np.array([3, 4]),
+        "bad_words": ["a", "b"],
+        "logit_bias": {"7": 1, 8: np.float64(-2)},
+        "logprobs": np.int64(3),
+    }
+    params = SamplingParams(**given)
     assert type(params.temperature) is float and params.temperature == 0.5
     assert params.top_k == 0 and params.stop == ("END",) and params.stop_token_ids == (3, 4)
     assert params.bad_words == ("a", "b") and params.logit_bias == {7: 1.0, 8: -2.0}
@@ -123,7 +124,7 @@ def test_bad_values_are_value_errors_and_unknown_keywords_type_errors() -> None:
     with pytest.raises(TypeError, match="best_of"):
         SamplingParams(best_of=2)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        SamplingParams(1)  # type: ignore[misc]
+        SamplingParams(1)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("temperature, greedy", [(0.0, True), (9e-6, True), (1e-5, False), (1.0, False)])
