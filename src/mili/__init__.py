@@ -1,7 +1,7 @@
 """mili: a small inference engine for Qwen3 whose kernels are its own.
 
-Public names only. Each is imported when first used, so that `import mili` stays cheap: MAX, NumPy and the tokenizer load
-with the first `LLM`.
+Public names only. Each is imported when first used, so that `import mili` stays cheap: MAX, NumPy and the tokenizer
+load with the first `LLM`.
 """
 
 from importlib import import_module

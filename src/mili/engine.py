@@ -1,0 +1,290 @@
+"""The loop at the centre: `add` requests, `step` until they are done, `take` what came out.
+
+    add ──> Scheduler ──plan──> ForwardBatch, SamplingBatch ──> Runner ──tokens──> Scheduler.record
+                                                                         └──────> Completion: text, stop strings
+
+It owns the scheduler, the KV cache's bookkeeping and each request's text; it knows no graph, no weights and no files.
+Invariant: a request that ended, whether finished, aborted or taken down by a step that raised, holds no pages; and what
+happens to one request never changes what another one generates.
+"""
+
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from mili.admission import RequestLimits, bad_word_ids, derived_seed
+from mili.batch import ForwardBatch
+from mili.cache import KVCache
+from mili.completion import Completion, token_logprobs
+from mili.config import EngineConfig, ModelConfig
+from mili.counters import Counters
+from mili.errors import ConfigError, MiliError, RequestError
+from mili.outputs import FinishReason, RequestOutput
+from mili.request import Request, ScheduledRequest
+from mili.request_group import RequestGroup
+from mili.sampling import SamplerState, SamplingBatch, SamplingRow
+from mili.sampling_params import SamplingParams
+from mili.scheduler import Scheduler
+from mili.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # for their types only: importing the runner imports MAX
+    from mili.runner import Runner, StepOutput
+
+
+class Progress(NamedTuple):
+    """Which requests a step moved on."""
+
+    advanced: list[str]  # got a token; those that finished are among them
+    finished: list[str]  # ended, or were taken down by an exception that `take` raises
+
+
+@dataclass(eq=False, slots=True)
+class _Child:
+    """One of a group's completions on its way."""
+
+    group: RequestGroup
+    request: Request
+    completion: Completion
+    sampler: SamplerState
+
+
+class Engine:
+    """Serves many requests at once on one runner; not thread-safe."""
+
+    def __init__(self, runner: "Runner", tokenizer: Tokenizer, model: ModelConfig, config: EngineConfig) -> None:
+        """Take over `runner`, which nothing else may use.
+
+        Raises ConfigError if its KV cache cannot hold one request of `max_model_len` tokens.
+        """
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._eos_token_ids = model.eos_token_ids
+        self._seed = config.seed
+        self._cache = KVCache(runner.num_pages, config.page_size, config.enable_prefix_caching)
+        self._scheduler = Scheduler(self._cache, config.max_num_seqs, config.resolve_max_num_batched_tokens())
+        if runner.max_model_len > self._scheduler.max_request_len:
+            raise ConfigError(
+                f"the KV cache holds {self._scheduler.max_request_len - 1} tokens, too few for one request of "
+                f"max_model_len {runner.max_model_len}: raise kv_cache_memory_bytes or lower max_model_len"
+            )
+        self.limits = RequestLimits(model.vocab_size, runner.max_model_len)
+        self._groups: dict[str, RequestGroup] = {}
+        self._children: dict[Request, _Child] = {}  # the unfinished ones
+        self._counters = Counters()
+        self._ids = itertools.count()
+        self._num_added = 0
+        self._clock_offset = time.time() - time.monotonic()
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether another `step` has something to do."""
+        return self._scheduler.has_unfinished
+
+    def add(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        request_id: str | None = None,
+    ) -> str:
+        """Queue a request and return its id, a fresh one unless given.
+
+        Raises RequestError, and queues nothing, if the request can never be served or the id is in use.
+        """
+        self.limits.check(prompt_token_ids, params)
+        if request_id is None:
+            request_id = next(i for i in map(str, self._ids) if i not in self._groups)
+        elif request_id in self._groups:
+            raise RequestError(f"request_id {request_id!r} is in use: choose another or leave it out")
+        token_ids = tuple(prompt_token_ids)
+        seed = derived_seed(self._seed, self._num_added) if params.seed is None else params.seed
+        self._num_added += 1
+        bad_words = bad_word_ids(params.bad_words, self._tokenizer)
+        requests, completions = [], []
+        for index in range(params.n):
+            # The prompt is the same for all: its log-probabilities are computed with the first completion only.
+            own = params if index == 0 or params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
+            requests.append(
+                Request(
+                    id=request_id if params.n == 1 else f"{request_id}-{index}",
+                    prompt_token_ids=token_ids,
+                    params=own,
+                    max_len=self.limits.max_len(len(token_ids), params),
+                    eos_token_ids=self._eos_token_ids,
+                    seed=(seed + index) % 2**64,
+                )
+            )
+            completions.append(Completion(index, own, self._tokenizer))
+        group = RequestGroup(
+            id=request_id,
+            prompt=prompt,
+            requests=requests,
+            completions=completions,
+            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(token_ids),
+            arrival_time=self._now(),
+        )
+        self._groups[request_id] = group
+        for request, completion in zip(requests, completions, strict=True):
+            sampler = SamplerState(params, token_ids, request.stop_ids, bad_words, request.seed)
+            self._children[request] = _Child(group, request, completion, sampler)
+            self._scheduler.add(request)
+        return request_id
+
+    def step(self) -> Progress:
+        """Compute one step of whatever is running and waiting; nothing to do is no error.
+
+        An exception ends the requests that took part in the step, and `take` raises it for them; the others go on.
+        KeyboardInterrupt and its like end them too, and then leave this method.
+        """
+        plan = self._scheduler.schedule()
+        if not plan:
+            return Progress([], [])
+        children = [self._children[request] for request, _ in plan]
+        try:
+            now = self._now()
+            for child in children:
+                if child.group.first_scheduled_time is None:
+                    child.group.first_scheduled_time = now
+            batch = ForwardBatch.build(plan, self._cache.page_size)
+            output = self._runner.execute(batch, _sampling_batch(batch, children))
+            return self._take_in(plan, children, batch, output)
+        except Exception as error:
+            return Progress([], self._fail(children, error))
+        except BaseException:
+            self._fail(children, MiliError("the step of this request was interrupted"))
+            raise
+
+    def take(self, request_id: str) -> RequestOutput:
+        """The request's state now, with each completion's delta since the last call; a finished request is forgotten.
+
+        Raises what the step raised that took the request down, and KeyError for an unknown id.
+        """
+        group = self._groups[request_id]
+        if group.num_unfinished == 0:
+            del self._groups[request_id]
+        if group.failure is not None:
+            raise group.failure
+        return group.output()
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request in whatever state it is and forget it; returns how far it came, None for an unknown id."""
+        group = self._groups.pop(request_id, None)
+        if group is None:
+            return None
+        self._end(group, FinishReason.ABORT)
+        return group.output()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False if some stay because unfinished requests use them."""
+        self._cache.reset()
+        return self._cache.num_cached_pages == 0
+
+    def metrics(self) -> dict[str, float | dict[str, int]]:
+        """Gauges and totals under vLLM's names; `kv_cache_usage_perc` is a share, 0 to 1."""
+        scheduler = self._scheduler
+        return {
+            "num_requests_running": len(scheduler.running),
+            "num_requests_waiting": len(scheduler.waiting),
+            "kv_cache_usage_perc": self._cache.usage,
+            "prefix_cache_queries_total": scheduler.num_queried_tokens,
+            "prefix_cache_hits_total": scheduler.num_cached_tokens,
+            "num_preemptions_total": scheduler.num_preemptions,
+            **self._counters.as_dict(),
+        }
+
+    def close(self) -> None:
+        """End every request and free the device."""
+        for request_id in list(self._groups):
+            self.abort(request_id)
+        self._runner.close()
+
+    def _take_in(
+        self, plan: list[ScheduledRequest], children: list[_Child], batch: ForwardBatch, output: "StepOutput"
+    ) -> Progress:
+        """Hand the sampled tokens to the scheduler, then to the completions."""
+        now = self._now()
+        rows: list[int] = batch.sample_rows.tolist()
+        tokens: list[int] = output.token_ids[batch.sample_rows].tolist()
+        received = self._scheduler.record(plan, tokens)
+        if len(rows) < len(batch.logit_owners):
+            self._keep_prompt_logprobs(children, batch, output)
+        advanced: dict[str, None] = {}  # a set in order
+        finished = []
+        for request, row, token in zip(received, rows, tokens, strict=True):
+            child = self._children[request]
+            group, completion = child.group, child.completion
+            child.sampler.append(token)
+            if group.first_token_time is None:
+                group.first_token_time = now
+                self._counters.prompt_tokens += request.num_prompt_tokens
+                self._counters.prompt_tokens_cached += request.num_cached
+            if request.finish_reason is FinishReason.STOP:
+                completion.append_stop_token(token)
+            elif completion.append(token) and not request.finished:
+                self._scheduler.finish(request, FinishReason.STOP)
+            if (num_logprobs := request.params.logprobs) is not None:
+                named = self._tokenizer if request.params.detokenize else None
+                completion.add_logprobs(token_logprobs(output, row, token, num_logprobs, named))
+            advanced[group.id] = None
+            if request.finish_reason is not None:
+                completion.finish(request.finish_reason, request.stop_reason)
+                self._forget(child)
+                if group.num_unfinished == 0:
+                    group.finished_time = now
+                    finished.append(group.id)
+        self._counters.generation_tokens += len(tokens)
+        return Progress(list(advanced), finished)
+
+    def _keep_prompt_logprobs(self, children: list[_Child], batch: ForwardBatch, output: "StepOutput") -> None:
+        for row, (index, kind, position) in enumerate(batch.logit_owners):
+            if kind == "prompt":
+                request, group = children[index].request, children[index].group
+                assert group.prompt_logprobs is not None and request.params.prompt_logprobs is not None
+                named = self._tokenizer if request.params.detokenize else None
+                target = request.token_ids[position]
+                group.prompt_logprobs[position] = token_logprobs(
+                    output, row, target, request.params.prompt_logprobs, named
+                )
+
+    def _fail(self, children: Iterable[_Child], error: Exception) -> list[str]:
+        """End the groups that took part in a step which raised; returns their ids."""
+        groups = {child.group: None for child in children if child.group.num_unfinished}
+        for group in groups:
+            group.failure = error
+            self._counters.failed += group.num_unfinished
+            self._end(group, None)
+        return [group.id for group in groups]
+
+    def _end(self, group: RequestGroup, reason: FinishReason | None) -> None:
+        """Take the group's unfinished requests out of the scheduler, which frees their pages."""
+        for request, completion in zip(group.requests, group.completions, strict=True):
+            if completion.finish_reason is None:
+                self._scheduler.abort(request)
+                completion.finish(FinishReason.ABORT, None)
+                self._forget(self._children[request], count=reason is not None)
+        group.finished_time = self._now()
+
+    def _forget(self, child: _Child, *, count: bool = True) -> None:
+        del self._children[child.request]
+        child.group.num_unfinished -= 1
+        if count:
+            assert child.completion.finish_reason is not None
+            self._counters.finished[child.completion.finish_reason] += 1
+
+    def _now(self) -> float:
+        return time.monotonic() + self._clock_offset
+
+
+def _sampling_batch(batch: ForwardBatch, children: Sequence[_Child]) -> SamplingBatch:
+    rows = []
+    for index, kind, position in batch.logit_owners:
+        if kind == "sample":
+            rows.append(children[index].sampler.row())
+        else:
+            params, token_ids = children[index].request.params, children[index].request.token_ids
+            assert params.prompt_logprobs is not None
+            rows.append(SamplingRow.scoring(token_ids[position], params.prompt_logprobs))
+    return SamplingBatch.build(rows)

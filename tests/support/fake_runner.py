@@ -1,0 +1,122 @@
+"""A runner without MAX: the next token is a function of the token ids that the batch's pages really hold.
+
+It keeps token ids where the real runner keeps keys and values, so a wrong slot, page table, position or plan changes
+what is generated. Logits, edits, filters and draws are computed in NumPy with the meaning the sampling op gives them,
+not with its random bits.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mili.batch import ForwardBatch
+from mili.sampling import SamplingBatch
+
+MAX_LOGPROBS = 20
+
+
+@dataclass
+class FakeStep:
+    """The fields of mili.runner.StepOutput."""
+
+    token_ids: np.ndarray  # [R] int32
+    logprobs: np.ndarray  # [R] float32
+    ranks: np.ndarray  # [R] int32
+    top_ids: np.ndarray  # [R, 20] int32
+    top_logprobs: np.ndarray  # [R, 20] float32
+
+
+@dataclass
+class FakeRunner:
+    """`next_token`, if given, names the token that the logits favour by far; otherwise they are pseudo-random."""
+
+    num_pages: int = 65
+    page_size: int = 16
+    max_model_len: int = 256
+    vocab_size: int = 8192
+    next_token: Callable[[list[int]], int] | None = None
+    fail_at: set[int] = field(default_factory=set)  # numbers of the steps that raise
+    error: BaseException = field(default_factory=lambda: RuntimeError("the device is on fire"))
+    dtype: str = "float32"
+    closed: bool = False
+    num_steps: int = 0
+    batches: list[ForwardBatch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.memory = np.full(self.num_pages * self.page_size, -1, dtype=np.int32)  # [slots]
+
+    def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> FakeStep:
+        """One step; checks on the way that no slot is written twice and that the scratch page stays unused."""
+        assert not self.closed
+        self.num_steps += 1
+        self.batches.append(batch)
+        assert len(set(batch.slots.tolist())) == len(batch.slots), "two tokens are written to one slot"
+        assert batch.slots.min() >= self.page_size, "a token is written to the scratch page"
+        self.memory[batch.slots] = batch.token_ids
+        if self.num_steps in self.fail_at:
+            raise self.error
+        num_rows = len(batch.logit_rows)
+        step = FakeStep(
+            np.zeros(num_rows, np.int32),
+            np.zeros(num_rows, np.float32),
+            np.zeros(num_rows, np.int32),
+            np.full((num_rows, MAX_LOGPROBS), -1, np.int32),
+            np.full((num_rows, MAX_LOGPROBS), -np.inf, np.float32),
+        )
+        for index, row in enumerate(batch.logit_rows.tolist()):
+            owner = int(np.searchsorted(batch.query_starts, row, side="right")) - 1
+            positions = np.arange(batch.positions[row] + 1)
+            slots = batch.page_table[owner][positions // self.page_size] * self.page_size + positions % self.page_size
+            self._sample(self.logits(self.memory[slots].tolist()), sampling, index, step)
+        return step
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """[V] float32, a function of the ids."""
+        draw = np.random.default_rng(zlib.crc32(np.array(token_ids, np.int32).tobytes()))
+        logits = draw.normal(scale=3.0, size=self.vocab_size).astype(np.float32)
+        if self.next_token is not None:
+            logits[self.next_token(list(token_ids))] += 1000.0
+        return logits
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _sample(self, logits: np.ndarray, sampling: SamplingBatch, row: int, step: FakeStep) -> None:
+        temperature, top_p, min_p = sampling.floats[row].tolist()
+        top_k, num_logprobs, target, seed_lo, seed_hi, position = sampling.ints[row].tolist()
+        edited = logits.astype(np.float64)
+        edits = slice(*sampling.edit_starts[row : row + 2].tolist())
+        for token, (bias, repetition, subtract) in zip(
+            sampling.edit_ids[edits].tolist(), sampling.edit_values[edits].tolist(), strict=True
+        ):
+            value = edited[token] + bias
+            edited[token] = (value / repetition if value > 0 else value * repetition) - subtract
+        if temperature == 0:
+            token = int(edited.argmax())
+        else:
+            token = _draw(edited, temperature, top_k, top_p, min_p, (seed_lo, seed_hi, position))
+        step.token_ids[row] = token
+        if num_logprobs >= 0:
+            reported = token if target < 0 else target
+            logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+            order = np.argsort(-logits, kind="stable")[:num_logprobs]
+            step.logprobs[row] = logprobs[reported]
+            step.ranks[row] = 1 + int((logits > logits[reported]).sum())
+            step.top_ids[row, : len(order)] = order
+            step.top_logprobs[row, : len(order)] = logprobs[order]
+
+
+def _draw(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float, key: Any) -> int:
+    scaled = (logits - logits.max()) / temperature
+    if top_k:
+        scaled[scaled < np.sort(scaled)[-min(top_k, len(scaled))]] = -np.inf
+    weights = np.exp(scaled)
+    order = np.argsort(-weights, kind="stable")
+    before = np.cumsum(weights[order]) - weights[order]
+    weights[order[before >= top_p * weights.sum()]] = 0.0
+    weights[weights < min_p * weights.max()] = 0.0
+    u = np.random.default_rng([value & 0xFFFFFFFF for value in key]).random()
+    return int(np.searchsorted(np.cumsum(weights), u * weights.sum(), side="right"))
