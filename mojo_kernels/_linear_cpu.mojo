@@ -6,6 +6,7 @@ no horizontal sum, and every output element is accumulated over k in ascending o
 same bits alone, in a batch, or in a chunk of a prompt.
 """
 
+from ._parallel import for_each
 from ._prelude import *
 
 comptime HAS_BF16_DOT = CompilationTarget._has_feature["avx512bf16"]()
@@ -31,7 +32,7 @@ def _step[dtype: DType, ROWS: Int](
         comptime if HAS_BF16_DOT and WIDTH == 16:
             var w = Array[SIMD[BF16, 32], VECS](fill=0)
             comptime for v in range(VECS):
-                w[v] = rebind[Ptr[BF16]](panel).unsafe_load[width=32, alignment=64](step * PANEL * 2 + v * 32)
+                w[v] = rebind[Ptr[BF16]](panel).unsafe_load[width=32](step * PANEL * 2 + v * 32)
             comptime for r in range(ROWS):
                 var pair = bitcast[BF16, 32](SIMD[DType.int32, 16](words[unsafe_offset=r * (k // 2) + step]))
                 comptime for v in range(VECS):
@@ -85,26 +86,23 @@ def linear_cpu[dtype: DType, out_dtype: DType, has_bias: Bool](
 ):
     """Computes y[m, n] = x[m, k] w^T (+ bias) with w in panels, parallel over runs of panels."""
     var panels = ceildiv(n, PANEL)
-    var workers = num_physical_cores()
-    # Few long runs: each worker streams one contiguous stretch of the weight; four a worker even out a busy core.
-    var tasks = min(panels, workers * 4)
 
-    def task(t: Int) {var}:
-        for p in range(panels * t // tasks, panels * (t + 1) // tasks):
-            var panel = w.unsafe_offset(p * PANEL * k)
-            var columns = min(PANEL, n - p * PANEL)
-            var yp = y.unsafe_offset(p * PANEL)
-            var bp = bias.unsafe_offset(p * PANEL) if has_bias else bias
-            var row = 0
-            while row + MAX_ROWS <= m:
-                _tile[dtype, out_dtype, MAX_ROWS, has_bias](
+    def task(p: Int) {var}:
+        var panel = w.unsafe_offset(p * PANEL * k)
+        var columns = min(PANEL, n - p * PANEL)
+        var yp = y.unsafe_offset(p * PANEL)
+        var bp = bias.unsafe_offset(p * PANEL) if has_bias else bias
+        var row = 0
+        while row + MAX_ROWS <= m:
+            _tile[dtype, out_dtype, MAX_ROWS, has_bias](
+                yp.unsafe_offset(row * n), x.unsafe_offset(row * k), panel, bp, columns, n, k
+            )
+            row += MAX_ROWS
+        comptime for rows in range(1, MAX_ROWS):
+            if m - row == rows:
+                _tile[dtype, out_dtype, rows, has_bias](
                     yp.unsafe_offset(row * n), x.unsafe_offset(row * k), panel, bp, columns, n, k
                 )
-                row += MAX_ROWS
-            comptime for rows in range(1, MAX_ROWS):
-                if m - row == rows:
-                    _tile[dtype, out_dtype, rows, has_bias](
-                        yp.unsafe_offset(row * n), x.unsafe_offset(row * k), panel, bp, columns, n, k
-                    )
 
-    sync_parallelize(task, tasks)
+    # A chunk of panels is one contiguous stretch of the weight, read once however many rows there are.
+    for_each(task, panels, n * k * size_of[dtype]() * ceildiv(m, 4))

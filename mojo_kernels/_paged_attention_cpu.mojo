@@ -5,6 +5,7 @@ has the same bits in a whole prompt, in a chunk of it, alone, or in a batch, and
 anyway) or side by side (few requests, many cores: split-KV).
 """
 
+from ._parallel import for_each
 from ._prelude import *
 
 comptime W = min(simd_width_of[F32](), 16)
@@ -298,8 +299,11 @@ def paged_attention_cpu[dtype: DType, D: Int](
     var tile_request = List[Int]()
     var tile_token = List[Int]()
     var longest = 0
+    var work = 0  # bytes of keys and values, a few rows of queries for the price of one
     for b in range(num_requests):
         longest = max(longest, Int(seq_lens[unsafe_offset=b]))
+        var rows = Int(query_starts[unsafe_offset=b + 1]) - Int(query_starts[unsafe_offset=b])
+        work += ceildiv(rows * group, 2) * Int(seq_lens[unsafe_offset=b]) * num_kv_heads * D * 2 * size_of[dtype]()
         for token in range(Int(query_starts[unsafe_offset=b]), Int(query_starts[unsafe_offset=b + 1]), QUERY_TILE):
             tile_request.append(b)
             tile_token.append(token)
@@ -344,7 +348,7 @@ def paged_attention_cpu[dtype: DType, D: Int](
                     )
             a.store(l, o, token, tokens, head)
 
-        sync_parallelize(tile_head, tiles * num_kv_heads)
+        for_each(tile_head, tiles * num_kv_heads, work)
         _ = tile_request^
         _ = tile_token^
         return
@@ -381,7 +385,7 @@ def paged_attention_cpu[dtype: DType, D: Int](
             start,
         )
 
-    sync_parallelize(tile_head_chunk, tiles * num_kv_heads * chunks)
+    for_each(tile_head_chunk, tiles * num_kv_heads * chunks, work)
 
     def merge(i: Int) {var}:
         var tile = i // num_kv_heads
@@ -405,7 +409,7 @@ def paged_attention_cpu[dtype: DType, D: Int](
                 )
         a.store(l, o, token, tokens, i % num_kv_heads)
 
-    sync_parallelize(merge, tiles * num_kv_heads)
+    for_each(merge, tiles * num_kv_heads, 2 * tiles * num_kv_heads * chunks * stride)
     # Tasks hold plain pointers into these lists.
     _ = tile_request^
     _ = tile_token^

@@ -7,7 +7,7 @@ module is one edit. Also the few types and constants that every kernel shares.
 import extensibility
 from extensibility import InputTensor, OutputTensor
 from extensibility import _MutableInputTensor as MutableInputTensor
-from max.algorithm import parallelize, sync_parallelize
+from max.algorithm import sync_parallelize
 from max.gpu import WARP_SIZE, AddressSpace, barrier, block_idx, lane_id, thread_idx, warp_id
 from max.gpu.host import DeviceContext
 from max.gpu.host.info import is_cpu, is_gpu

@@ -11,6 +11,7 @@ Limits:    ids are checked by the caller; GPU rows are copied in 16-byte pieces 
 Source:    plain gather. `zeros` is the first residual stream, so that every layer starts with the same fused add and norm.
 """
 
+from ._parallel import for_each
 from ._prelude import *
 
 
@@ -27,7 +28,7 @@ def _embedding_cpu[dtype: DType](
                 hidden[unsafe_offset=t * h + i * PAIR + p] = lane[unsafe_offset=i * PANEL * PAIR + p]
                 zeros[unsafe_offset=t * h + i * PAIR + p] = 0
 
-    parallelize(token, tokens)
+    for_each(token, tokens, 4 * tokens * h * size_of[dtype]())
 
 
 def _embedding_kernel[dtype: DType, VEC: Int](

@@ -15,6 +15,7 @@ Limits:    D is 64 or 128 (one warp spans a head on the GPU). Keys of one page l
 Source:    RoPE: Su 2021 (arXiv 2104.09864) in the half-rotation layout of the checkpoints; q/k norm: Qwen3 report
 """
 
+from ._parallel import for_each
 from ._prelude import *
 
 
@@ -66,7 +67,7 @@ def _qk_norm_rope_store_cpu[dtype: DType, D: Int](
                 k_layer[unsafe_offset=at + d * page_size + offset] = rotated[d]
             v_layer.unsafe_store(at + offset * D, v.unsafe_load[width=D](0))
 
-    parallelize(token, tokens)
+    for_each(token, tokens, 4 * tokens * (num_q_heads + 2 * num_kv_heads) * D * size_of[dtype]())
 
 
 def _qk_norm_rope_store_kernel[dtype: DType, D: Int](

@@ -12,6 +12,7 @@ Limits:    H is any positive number; 16-byte accesses on the GPU when H allows, 
 Source:    Zhang and Sennrich 2019 (arXiv 1910.07467)
 """
 
+from ._parallel import for_each
 from ._prelude import *
 
 comptime BLOCK = 256
@@ -168,7 +169,7 @@ struct AddRmsNorm:
                     yp.unsafe_offset(at), op.unsafe_offset(at), xp.unsafe_offset(at), rp.unsafe_offset(at), wp, h, eps
                 )
 
-            parallelize(row, rows)
+            for_each(row, rows, 4 * rows * h * size_of[y.dtype]())
         elif is_gpu[target]():
             var unused = yp.unsafe_bitcast[Int32]()
             _add_norm_gpu[y.dtype, False](yp, op, xp, rp, unused, wp, rows, h, eps, ctx)
@@ -226,7 +227,7 @@ struct AddRmsNormRows:
                     out, out, xp.unsafe_offset(at), rp.unsafe_offset(at), wp, h, eps
                 )
 
-            parallelize(row, num_rows)
+            for_each(row, num_rows, 4 * num_rows * h * size_of[y.dtype]())
         elif is_gpu[target]():
             _add_norm_gpu[y.dtype, True](yp, yp, xp, rp, ip, wp, num_rows, h, eps, ctx)
         else:

@@ -10,6 +10,7 @@ Limits:    none
 Source:    SwiGLU, Shazeer 2020 (arXiv 2002.05202)
 """
 
+from ._parallel import for_each
 from ._prelude import *
 
 
@@ -34,7 +35,7 @@ def _silu_mul_cpu[dtype: DType](y: Ptr[dtype], gate_up: Ptr[dtype], tokens: Int,
             out[unsafe_offset=i] = _silu_mul[dtype, 1](gate[unsafe_offset=i], up[unsafe_offset=i])
             i += 1
 
-    parallelize(row, tokens)
+    for_each(row, tokens, 6 * tokens * n * size_of[dtype]())
 
 
 def _silu_mul_kernel[dtype: DType, VEC: Int](y: Ptr[dtype], gate_up: Ptr[dtype], n32: Int32):
