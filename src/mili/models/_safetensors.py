@@ -6,8 +6,8 @@
     header: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, "__metadata__": {...}}
 
 Knows the format (github.com/huggingface/safetensors, README); knows no model. Read here rather than through the
-`safetensors` package because NumPy has no bfloat16 and because `release` needs the offsets. Invariant: a `TensorFile`
-that exists has every tensor inside the file and no byte owned twice; a file that lies was refused before it was mapped.
+``safetensors`` package because NumPy has no bfloat16 and because ``release`` needs the offsets. Invariant: a
+``TensorFile`` that exists has every tensor inside the file and no byte owned twice; a file that lies was refused.
 """
 
 import json
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from mili.errors import WeightError
 
 # NumPy has no bfloat16: its bits are delivered as uint16, which is unambiguous because nothing else maps to uint16.
-NUMPY_DTYPES = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 # Bits of one element of every dtype the format knows, so that a foreign tensor is still checked and named.
 _DTYPE_BITS = {
@@ -50,7 +50,7 @@ class TensorFile:
     """A checked safetensors file, mapped read-only."""
 
     def __init__(self, path: Path) -> None:
-        """Read and check the header of `path`. Raises WeightError naming the file and, where it is known, the tensor."""
+        """Read and check the header of ``path``. Raises WeightError naming the file and, if known, the tensor."""
         self.path = path
         try:
             with path.open("rb") as file:

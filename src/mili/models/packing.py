@@ -10,8 +10,9 @@ Both are one transpose of 32-bit words, a pair of bfloat16 being one word. bfloa
 Knows arrays only: no names, files or devices. Invariant: peak memory is the output plus one slab of rows per thread.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 PANEL_ROWS = 32
 _THREADS = 2  # the copies are bound by memory, which two threads fill
 _SLAB_BYTES = 1 << 20  # rows converted and transposed at a time: fits the cache
-_STORAGE = {"bfloat16": np.dtype(np.uint16), "float32": np.dtype(np.float32)}
+_STORAGE: dict[str, np.dtype[Any]] = {"bfloat16": np.dtype(np.uint16), "float32": np.dtype(np.float32)}
 
 
 def storage_dtype(dtype: str) -> np.dtype[Any]:
@@ -123,11 +124,11 @@ def _slabs(parts: Sequence[NDArray[Any]]) -> Iterator[tuple[int, NDArray[Any]]]:
 
 def _ranges(length: int, first: int, step: int) -> Iterable[tuple[int, int]]:
     edges = [0, *range(min(first, length), length, step), length]
-    return zip(edges, edges[1:], strict=False)
+    return pairwise(edges)
 
 
-def _for_each(function: Any, slabs: Iterator[tuple[int, NDArray[Any]]]) -> None:
-    """Call ``function`` on every slab, on threads when there is more than a slab of work; NumPy copies without the GIL."""
+def _for_each(function: Callable[[tuple[int, NDArray[Any]]], None], slabs: Iterator[tuple[int, NDArray[Any]]]) -> None:
+    """Call ``function`` on every slab, on threads when that pays; NumPy copies without the interpreter lock."""
     work = list(slabs)
     if len(work) <= _THREADS:
         for slab in work:
