@@ -157,6 +157,10 @@ class Engine:
             self._fail(children, MiliError("the step of this request was interrupted"))
             raise
 
+    def has_news(self, request_id: str) -> bool:
+        """Whether `take` would show, or raise, something new; KeyError for an unknown id."""
+        return self._groups[request_id].has_news
+
     def take(self, request_id: str) -> RequestOutput:
         """The request's state now, with each completion's delta since the last call; a finished request is forgotten.
 
@@ -167,6 +171,7 @@ class Engine:
             del self._groups[request_id]
         if group.failure is not None:
             raise group.failure
+        group.has_news = False
         return group.output()
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -229,6 +234,7 @@ class Engine:
                 named = self._tokenizer if request.params.detokenize else None
                 completion.add_logprobs(token_logprobs(output, row, token, num_logprobs, named))
             advanced[group.id] = None
+            group.has_news = True
             if request.finish_reason is not None:
                 completion.finish(request.finish_reason, request.stop_reason)
                 self._forget(child)
@@ -253,7 +259,7 @@ class Engine:
         """End the groups that took part in a step which raised; returns their ids."""
         groups = {child.group: None for child in children if child.group.num_unfinished}
         for group in groups:
-            group.failure = error
+            group.failure, group.has_news = error, True
             self._counters.failed += group.num_unfinished
             self._end(group, None)
         return [group.id for group in groups]

@@ -24,6 +24,7 @@ class RequestGroup:
     first_token_time: float | None = None
     finished_time: float | None = None
     failure: Exception | None = None  # of the step that took it down
+    has_news: bool = False  # something happened since the last output
     num_unfinished: int = field(init=False)
 
     def __post_init__(self) -> None:

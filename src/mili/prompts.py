@@ -1,0 +1,90 @@
+"""The forms in which a caller may give prompts, brought into one.
+
+It knows types only: no tokenizer, no vocabulary. Invariant: what it returns is never ambiguous between one prompt given
+as token ids and a list of prompts, because a list of integers is always one prompt.
+"""
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from mili.errors import RequestError
+from mili.sampling_params import SamplingParams
+
+# Text, token ids, or vLLM's dicts {"prompt": text} and {"prompt_token_ids": ids}.
+PromptLike: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+
+_KEYS = ("prompt", "prompt_token_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt; at least one of the two is set, and the ids win."""
+
+    text: str | None = None
+    token_ids: list[int] | None = None
+
+
+def parse_prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[Prompt]:
+    """One prompt, or a list of prompts, as a list. Raises RequestError naming the prompt that is none."""
+    if isinstance(prompts, (str, Mapping)):
+        return [_parse(prompts, "prompt")]
+    items = _items(prompts, "prompts")
+    if not items:
+        raise RequestError("no prompt: prompts is empty")
+    if all(_is_integer(item) for item in items):
+        return [_parse(items, "prompt")]
+    return [_parse(item, f"prompts[{index}]") for index, item in enumerate(items)]
+
+
+def match_params(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int, default: SamplingParams
+) -> list[SamplingParams]:
+    """One `SamplingParams` for each prompt: the one given for all, one each, or `default`. Raises RequestError."""
+    if params is None:
+        return [default] * num_prompts
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    items: list[Any] = list(params) if isinstance(params, Iterable) else [params]
+    for item in items:
+        if not isinstance(item, SamplingParams):
+            raise RequestError(f"sampling_params must be SamplingParams, or one for each prompt, got {item!r}")
+    if len(items) != num_prompts:
+        raise RequestError(
+            f"sampling_params has {len(items)} entries for {num_prompts} prompts: give one for all or one for each"
+        )
+    return items
+
+
+def _parse(prompt: Any, name: str) -> Prompt:
+    if isinstance(prompt, str):
+        return Prompt(text=prompt)
+    if not isinstance(prompt, Mapping):
+        return Prompt(token_ids=_token_ids(prompt, name))
+    if unknown := [key for key in prompt if key not in _KEYS]:
+        raise RequestError(f"{name} has the unknown key {unknown[0]!r}; known: {', '.join(_KEYS)}")
+    text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if text is not None and not isinstance(text, str):
+        raise RequestError(f"{name}['prompt'] must be a str, got {type(text).__name__}")
+    if text is None and ids is None:
+        raise RequestError(f"{name} must have 'prompt' or 'prompt_token_ids'")
+    return Prompt(text=text, token_ids=None if ids is None else _token_ids(ids, f"{name}['prompt_token_ids']"))
+
+
+def _token_ids(value: Any, name: str) -> list[int]:
+    ids = _items(value, name)
+    for index, item in enumerate(ids):
+        if not _is_integer(item):
+            raise RequestError(f"{name}[{index}] must be a token id, got {item!r}")
+    return [operator.index(item) for item in ids]
+
+
+def _items(value: Any, name: str) -> list[Any]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise RequestError(f"{name} must be text, token ids or a list of them, got {type(value).__name__}")
+    return list(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return not isinstance(value, bool) and hasattr(value, "__index__") and not hasattr(value, "__len__")
