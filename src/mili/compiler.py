@@ -1,8 +1,9 @@
 """From a model's config to a compiled graph, through a cache on disk.
 
-Knows what a compiled graph depends on and how MAX compiles, exports and reads one; knows no weights and runs nothing. Invariant: a
-cached artefact is used only under a key made of everything that went into it (mili's kernels and graph code, MAX's version, the
-config's shapes, dtype, page size, target), because MAX itself matches an artefact by nothing but its path.
+Knows what a compiled graph depends on and how MAX compiles, exports and reads one; knows no weights and runs nothing.
+Invariant: a cached artefact is used only under a key made of everything that went into it (mili's kernels and graph
+code, MAX's version, the config's shapes, dtype, page size, target), because MAX itself matches an artefact by nothing
+but its path.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
 """The Qwen3 dense network as one graph: forward pass, LM head and sampling of a ragged batch.
 
-Attribute and weight names spell exactly like checkpoint keys; fused weights are named for what they fuse. Knows the network and
-the order of a step's inputs; knows no files, no requests and no device memory. Invariant: every dim that changes from step to step
-is symbolic, so one compiled graph serves prefill, decode and any mix, and the layers are calls of one subgraph, so compile time does
-not grow with depth.
+Attribute and weight names spell exactly like checkpoint keys; fused weights are named for what they fuse. Knows the
+network and the order of a step's inputs; knows no files, no requests and no device memory. Invariant: every dim that
+changes from step to step is symbolic, so one compiled graph serves prefill, decode and any mix, and the layers are
+calls of one subgraph, so compile time does not grow with depth.
 """
 
 from dataclasses import dataclass
@@ -110,9 +110,10 @@ class _Step:
 def build_graph(config: ModelConfig, dtype: DType, page_size: int, device: DeviceRef) -> Graph:
     """Build the graph of one step.
 
-    Inputs, in order: `INPUT_NAMES` (T tokens, B requests, P pages of the longest table, R logit rows, E logit edits), cos_sin
-    [M, D] float32, k_cache and v_cache (see `kv_cache_shapes`, written in place). Outputs: token_ids [R] int32, logprobs [R]
-    float32, ranks [R] int32, top_ids [R, 20] int32, top_logprobs [R, 20] float32. Weights are external, named as in `weight_specs`.
+    Inputs, in order: `INPUT_NAMES` (T tokens, B requests, P pages of the longest table, R logit rows, E logit edits),
+    cos_sin [M, D] float32, k_cache and v_cache (see `kv_cache_shapes`, written in place). Outputs: token_ids [R]
+    int32, logprobs [R] float32, ranks [R] int32, top_ids [R, 20] int32, top_logprobs [R, 20] float32. Weights are
+    external, named as in `weight_specs`.
     """
     on_cpu = device.is_cpu()
     i32, f32 = DType.int32, DType.float32

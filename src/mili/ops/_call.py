@@ -1,7 +1,8 @@
 """Where the kernel sources are, and the only place that calls `ops.custom`.
 
-Knows the two homes of `mojo_kernels` (inside the installed package, or at the top of a source tree) and how an op is placed on
-a device. Knows nothing of what any op does. Invariant: every custom op of mili is named `mili.<op>` and goes through here.
+Knows the two homes of `mojo_kernels` (inside the installed package, or at the top of a source tree) and how an op is
+placed on a device. Knows nothing of what any op does. Invariant: every custom op of mili is named `mili.<op>` and goes
+through here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,6 @@ def check_tensor(
     if value.dtype not in allowed:
         raise ValueError(f"{op}: {name} has dtype {value.dtype.name}, expected {' or '.join(d.name for d in allowed)}")
     given = [int(d) if str(d).isdigit() else str(d) for d in value.shape]
-    if len(given) != len(shape) or any(
-        isinstance(want, int) and isinstance(have, int) and want != have for want, have in zip(shape, given, strict=False)
-    ):
+    known = [(want, have) for want, have in zip(shape, given, strict=False) if not isinstance(have, str)]
+    if len(given) != len(shape) or any(not isinstance(want, str) and want != have for want, have in known):
         raise ValueError(f"{op}: {name} has shape {given}, expected {list(shape)}")

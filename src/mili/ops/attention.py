@@ -12,7 +12,7 @@ FLOATS = (DType.bfloat16, DType.float32)
 
 @dataclass(frozen=True, slots=True)
 class CacheView:
-    """One layer of the KV cache inside a graph: k and v [L, pages, Hkv, ...] and the layer's number (int32 host scalar)."""
+    """One layer of the KV cache in a graph: k and v [L, pages, Hkv, ...], the layer's number (int32 host scalar)."""
 
     k: BufferValue
     v: BufferValue
@@ -22,7 +22,7 @@ class CacheView:
 def kv_cache_shapes(
     layers: int, pages: int | str, kv_heads: int, page_size: int, head_dim: int, on_cpu: bool
 ) -> tuple[list[int | str], list[int | str]]:
-    """Shapes of the key and value caches; the CPU keeps the keys of a page side by side, [.., D, S] instead of [.., S, D]."""
+    """Shapes of the key and value caches; the CPU keeps a page's keys side by side, [.., D, S] and not [.., S, D]."""
     head: list[int | str] = [layers, pages, kv_heads]
     values = [*head, page_size, head_dim]
     return ([*head, head_dim, page_size] if on_cpu else values), values
@@ -60,7 +60,7 @@ def qk_norm_rope_store(
     if head_dim not in (64, 128):
         raise ValueError(f"{op}: head_dim is {head_dim}, expected 64 or 128")
     if q_size <= 0 or q_size % (kv_heads * head_dim):
-        raise ValueError(f"{op}: qkv has {qkv.shape[1]} columns, which {kv_heads} KV heads of {head_dim} do not explain")
+        raise ValueError(f"{op}: qkv has {qkv.shape[1]} columns, not whole query and {kv_heads} KV heads of {head_dim}")
     check_tensor(op, "q_norm", q_norm, qkv.dtype, head_dim)
     check_tensor(op, "k_norm", k_norm, qkv.dtype, head_dim)
     check_tensor(op, "cos_sin", cos_sin, DType.float32, "M", head_dim)
@@ -68,7 +68,17 @@ def qk_norm_rope_store(
     check_tensor(op, "slots", slots, DType.int32, "T")
     _check_cache(op, cache, qkv, kv_heads, head_dim)
     out = TensorType(qkv.dtype, [qkv.shape[0], q_size], qkv.device)
-    values = [qkv, q_norm, k_norm, cos_sin, positions, slots, cache.k, cache.v, cache.layer]
+    values: list[TensorValue | BufferValue] = [
+        qkv,
+        q_norm,
+        k_norm,
+        cos_sin,
+        positions,
+        slots,
+        cache.k,
+        cache.v,
+        cache.layer,
+    ]
     return kernel_op(op, qkv.device, values, [out], {"eps": eps})[0]
 
 
@@ -109,7 +119,17 @@ def paged_attention(
     check_tensor(op, "max_query_len", max_query_len, DType.int32)
     check_tensor(op, "max_seq_len", max_seq_len, DType.int32)
     out = TensorType(q.dtype, q.shape, q.device)
-    values = [q, cache.k, cache.v, page_table, query_starts, seq_lens, cache.layer, max_query_len, max_seq_len]
+    values: list[TensorValue | BufferValue] = [
+        q,
+        cache.k,
+        cache.v,
+        page_table,
+        query_starts,
+        seq_lens,
+        cache.layer,
+        max_query_len,
+        max_seq_len,
+    ]
     return kernel_op(op, q.device, values, [out], {"scale": scale})[0]
 
 

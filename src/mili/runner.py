@@ -1,0 +1,150 @@
+"""The device side of the engine: weights, KV cache and one compiled graph, executed once a step.
+
+Knows arrays and devices; knows no requests, no text and no scheduling. Invariant: weights and KV cache stay on the
+device, logits never leave it, and one step moves only the arrays of a `ForwardBatch` and a `SamplingBatch` in and R
+tokens with their log-probabilities out.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from max import driver
+from max.driver import CPU, Accelerator, Buffer, Device
+from max.dtype import DType
+from max.engine import InferenceSession
+from numpy.typing import NDArray
+
+from mili.batch import ForwardBatch
+from mili.compiler import Target, compiled_step
+from mili.config import EngineConfig, ModelConfig
+from mili.device_graphs import DecodeGraphs, upload
+from mili.errors import ConfigError
+from mili.memory import MemoryPlan, host_memory, plan_memory
+from mili.models.loading import load_weights
+from mili.models.qwen3 import INPUT_NAMES
+from mili.models.rope import rope_table
+from mili.ops.attention import kv_cache_shapes
+from mili.sampling import SamplingBatch
+
+__all__ = ["Runner", "StepOutput", "device_memory", "resolve_device"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepOutput:
+    """What one step made for its R rows of logits, on the host."""
+
+    token_ids: NDArray[np.int32]  # [R]
+    logprobs: NDArray[np.float32]  # [R] of the sampled, or the asked-for, token, before any filter
+    ranks: NDArray[np.int32]  # [R] 1 for the likeliest
+    top_ids: NDArray[np.int32]  # [R, 20] likeliest first, -1 past the row's num_logprobs
+    top_logprobs: NDArray[np.float32]  # [R, 20]
+
+
+class Runner:
+    """Owns the device buffers of one model and executes steps on them; use from one thread at a time."""
+
+    def __init__(self, folder: Path, model: ModelConfig, engine: EngineConfig) -> None:
+        """Load the checkpoint in `folder` onto the device and compile, or find compiled, its graph.
+
+        Raises ConfigError for a device that is not there or memory that does not suffice, WeightError for a bad
+        checkpoint.
+        """
+        started = time.perf_counter()
+        self.device = resolve_device(engine)
+        self.max_model_len = engine.resolve_max_model_len(model)
+        self.dtype = engine.resolve_dtype(model)
+        on_cpu = self.device.is_host
+        self.memory: MemoryPlan = plan_memory(model, engine, *device_memory(self.device), on_cpu=on_cpu)
+        self.num_pages = self.memory.num_pages
+        session = InferenceSession(devices=[self.device])
+        compiled = compiled_step(session, model, self.dtype, engine.page_size, Target.of(self.device))
+        compiled_at = time.perf_counter()
+        self._weights = load_weights(folder, model, self.dtype, self.device)
+        self._model = session.init(compiled, weights_registry=self._weights.registry)
+        dtype = DType[self.dtype]
+        shapes = kv_cache_shapes(
+            model.num_hidden_layers,
+            self.num_pages,
+            model.num_key_value_heads,
+            engine.page_size,
+            model.head_dim,
+            on_cpu,
+        )
+        self._caches = [_zeros([int(d) for d in shape], dtype, self.device) for shape in shapes]
+        table = rope_table(model.rope, model.head_dim, self.max_model_len)  # [max_model_len, D] float32
+        self._fixed = [Buffer.from_numpy(table).to(self.device), *self._caches]
+        self.device.synchronize()  # the upload reads the table until then
+        self._graphs: DecodeGraphs | None = None
+        if not on_cpu and not engine.enforce_eager:
+            self._graphs = DecodeGraphs(self._model, self.device, self._fixed, engine.page_size)
+        self.startup_seconds = {"compile": compiled_at - started, "load": time.perf_counter() - compiled_at}
+
+    def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> StepOutput:
+        """Run one step: write the batch's keys and values to the cache, sample one token per row of logits.
+
+        Arrays of log-probabilities that no row asked for are not copied from the device; they are zeros.
+        """
+        arrays: dict[str, NDArray[Any]] = {
+            "max_query_len": np.array(batch.max_query_len, np.int32),
+            "max_seq_len": np.array(batch.max_seq_len, np.int32),
+        }
+        for name in INPUT_NAMES:
+            if name not in arrays:
+                arrays[name] = getattr(batch if hasattr(batch, name) else sampling, name)
+        rows = len(batch.logit_rows)
+        wants_logprobs = bool((sampling.ints[:, 1] >= 0).any())
+        return StepOutput(*self._run(arrays, rows, 5 if wants_logprobs else 1))
+
+    def _run(self, arrays: dict[str, NDArray[Any]], rows: int, wanted: int) -> list[NDArray[Any]]:
+        """Execute and fetch the first `rows` rows of the first `wanted` outputs; zeros for the others."""
+        block = None
+        if self.device.is_host:
+            outputs = self._model.execute(*(arrays[name] for name in INPUT_NAMES), *self._fixed)
+        else:
+            replayed = self._graphs.run(arrays) if self._graphs else None
+            if replayed is None:
+                inputs, block = upload(arrays, self.device)
+                replayed = self._model.execute(*inputs, *self._fixed)
+            outputs = replayed
+        fetched = [output.to(CPU()).to_numpy()[:rows] for output in outputs[:wanted]]
+        del block  # the upload read it until the results were here
+        shapes = [(output.dtype.to_numpy(), (rows, *output.shape[1:])) for output in outputs[wanted:]]
+        return fetched + [np.zeros(shape, dtype) for dtype, shape in shapes]
+
+    def close(self) -> None:
+        """Free the device memory; the runner cannot be used afterwards."""
+        if self._graphs:
+            self._graphs.close()
+        for name in ("_graphs", "_model", "_caches", "_fixed", "_weights"):
+            self.__dict__.pop(name, None)
+
+
+def resolve_device(engine: EngineConfig) -> Device:
+    """The device the options name; "auto" is the first GPU if there is one. Raises ConfigError if it is not there."""
+    count = driver.accelerator_count()
+    if engine.device_kind == "cpu" or (engine.device_kind == "auto" and count == 0):
+        return CPU()
+    if engine.device_id >= count:
+        raise ConfigError(
+            f"device {engine.device!r} asks for GPU {engine.device_id}, but this machine has {count}; use device='cpu'"
+        )
+    return Accelerator(engine.device_id)
+
+
+def device_memory(device: Device) -> tuple[int, int]:
+    """(free, total) bytes of the device's memory; the machine's for the CPU."""
+    if device.is_host:
+        return host_memory()
+    return int(device.stats["free_memory"]), int(device.stats["total_memory"])
+
+
+def _zeros(shape: list[int], dtype: DType, device: Device) -> Buffer:
+    """A zeroed buffer; on the host its pages take memory only when they are first written."""
+    if not device.is_host:
+        return Buffer(dtype, shape, device)
+    size = dtype.size_in_bytes
+    array = np.zeros(shape, np.dtype(f"u{size}"))
+    return Buffer.from_numpy(array).view(dtype, shape)
