@@ -72,7 +72,7 @@ class RadixTreeMachine(RuleBasedStateMachine):
 
     @rule(num_pages=st.integers(0, 6))
     def evict(self, num_pages: int) -> None:
-        expected = []
+        expected: list[int] = []
         while len(expected) < num_pages:
             leaves = [prefix for prefix, page in self.model.items() if not page.locks and not self._has_child(prefix)]
             if not leaves:
