@@ -1,0 +1,9 @@
+"""mili's kernels: every op that a Qwen3 forward pass and its sampler need, each with a CPU and a GPU path."""
+
+from .embedding import *
+from .linear import *
+from .paged_attention import *
+from .qk_norm_rope_store import *
+from .rms_norm import *
+from .sampling import *
+from .silu_mul import *
