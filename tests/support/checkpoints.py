@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
+from safetensors.numpy import save_file
 
 TINY = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -80,20 +80,23 @@ def random_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.nda
     return tensors
 
 
-def to_bytes(values: np.ndarray, dtype: str) -> bytes:
-    """float32 values as the bytes of ``dtype``; bfloat16 by truncation to values a float32 holds exactly."""
+def stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The values as a checkpoint stores them; bfloat16 by truncation, as its bits in uint16."""
     if dtype == "bfloat16":
-        return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype("<u2").tobytes()
-    return np.ascontiguousarray(values, {"float16": "<f2", "float32": "<f4"}.get(dtype)).tobytes()
+        return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return np.ascontiguousarray(values, np.dtype(dtype))
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray], dtypes: Mapping[str, str]) -> None:
-    """One safetensors file; ``dtypes`` names each tensor's dtype as the ``safetensors`` package spells it."""
-    entries = {
-        name: {"dtype": dtypes[name], "shape": list(values.shape), "data": to_bytes(values, dtypes[name])}
-        for name, values in tensors.items()
-    }
-    path.write_bytes(safetensors.serialize(entries, metadata={"format": "pt"}))
+    """One safetensors file; ``dtypes`` gives each tensor's dtype by its NumPy name, or "bfloat16"."""
+    save_file({name: stored(values, dtypes[name]) for name, values in tensors.items()}, path, {"format": "pt"})
+
+    def name_bfloat16(header: dict[str, Any]) -> None:  # the one dtype NumPy cannot name
+        for name in tensors:
+            if dtypes[name] == "bfloat16":
+                header[name]["dtype"] = "BF16"
+
+    edit_header(path, name_bfloat16)
 
 
 def write_checkpoint(
@@ -150,6 +153,7 @@ def edit_header(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     header = json.loads(data[8 : 8 + length])
     edit(header)
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 

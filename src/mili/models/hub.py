@@ -25,6 +25,8 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None, 
     without ``weights`` only the small files are fetched. Raises ConfigError: no such folder or repository, no network,
     offline and not cached, a revision for something that has none.
     """
+    if model == "":  # Path("") is the working folder, which nobody asked for
+        raise ConfigError("model is empty; give a folder, a hub name 'owner/name', or None for the bundled model")
     folder = BUNDLED_MODEL if model is None else Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:
