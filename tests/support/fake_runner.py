@@ -8,11 +8,13 @@ not with its random bits.
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from mili.batch import ForwardBatch
+from mili.memory import MemoryPlan
 from mili.sampling import SamplingBatch
 
 MAX_LOGPROBS = 20
@@ -41,12 +43,15 @@ class FakeRunner:
     fail_at: set[int] = field(default_factory=set)  # numbers of the steps that raise
     error: BaseException = field(default_factory=lambda: RuntimeError("the device is on fire"))
     dtype: str = "float32"
+    device: Any = field(default_factory=lambda: SimpleNamespace(is_host=True, id=0))
+    memory: MemoryPlan | None = None
     closed: bool = False
     num_steps: int = 0
     batches: list[ForwardBatch] = field(default_factory=list)
+    prefills: list[list[int]] = field(default_factory=list)  # what a request held when several tokens were added to it
 
     def __post_init__(self) -> None:
-        self.memory = np.full(self.num_pages * self.page_size, -1, dtype=np.int32)  # [slots]
+        self.held = np.full(self.num_pages * self.page_size, -1, dtype=np.int32)  # [slots]
 
     def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> FakeStep:
         """One step; checks on the way that no slot is written twice and that the scratch page stays unused."""
@@ -55,7 +60,7 @@ class FakeRunner:
         self.batches.append(batch)
         assert len(set(batch.slots.tolist())) == len(batch.slots), "two tokens are written to one slot"
         assert batch.slots.min() >= self.page_size, "a token is written to the scratch page"
-        self.memory[batch.slots] = batch.token_ids
+        self.held[batch.slots] = batch.token_ids
         if self.num_steps in self.fail_at:
             raise self.error
         num_rows = len(batch.logit_rows)
@@ -66,11 +71,13 @@ class FakeRunner:
             np.full((num_rows, MAX_LOGPROBS), -1, np.int32),
             np.full((num_rows, MAX_LOGPROBS), -np.inf, np.float32),
         )
+        for owner, num_new in enumerate(np.diff(batch.query_starts).tolist()):
+            if num_new > 1:
+                self.prefills.append(self._held(batch, owner, int(batch.seq_lens[owner])))
         for index, row in enumerate(batch.logit_rows.tolist()):
             owner = int(np.searchsorted(batch.query_starts, row, side="right")) - 1
-            positions = np.arange(batch.positions[row] + 1)
-            slots = batch.page_table[owner][positions // self.page_size] * self.page_size + positions % self.page_size
-            self._sample(self.logits(self.memory[slots].tolist()), sampling, index, step)
+            logits = self.logits(self._held(batch, owner, int(batch.positions[row]) + 1))
+            self._sample(logits, sampling, index, step)
         return step
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
@@ -83,6 +90,11 @@ class FakeRunner:
 
     def close(self) -> None:
         self.closed = True
+
+    def _held(self, batch: ForwardBatch, owner: int, num_tokens: int) -> list[int]:
+        positions = np.arange(num_tokens)
+        slots = batch.page_table[owner][positions // self.page_size] * self.page_size + positions % self.page_size
+        return self.held[slots].tolist()
 
     def _sample(self, logits: np.ndarray, sampling: SamplingBatch, row: int, step: FakeStep) -> None:
         temperature, top_p, min_p = sampling.floats[row].tolist()

@@ -63,7 +63,7 @@ def bench(prompt_len: int, num_new: int, batch: int, repeat: int, only_json: boo
     result["ceiling_bytes_per_s"] = gpu_copy_bandwidth() if on_gpu else cpu_read_bandwidth()
     if not only_json:
         click.echo(_table(result))
-    click.echo(json.dumps({key: round(v, 6) if isinstance(v, float) else v for key, v in result.items()}))
+    click.echo(json.dumps({key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in result.items()}))
 
 
 def _run_once(llm: "LLM", prompt_len: int, num_new: int, batch: int, seed: int) -> dict[str, float]:

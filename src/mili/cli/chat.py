@@ -81,7 +81,8 @@ def _turn(
             click.echo(output.delta, nl=False)
         click.echo()
     except KeyboardInterrupt:
-        click.echo(" [stopped]", err=True)
+        click.echo()
+        click.echo("[stopped]", err=True)
     except RequestError as error:
         messages.pop()
         if not interactive:
