@@ -87,6 +87,23 @@ struct PagedAttention:
                 scale,
             )
         elif is_gpu[target]():
-            comptime assert False, "pending"
+            comptime S = Int(v_cache._static_shape_tuple[3])
+            paged_attention_gpu[output.dtype, D, S, scale](
+                output.unsafe_ptr(),
+                q.unsafe_ptr(),
+                k_layer,
+                v_layer,
+                page_table.unsafe_ptr(),
+                page_table.dim_size(1),
+                query_starts.unsafe_ptr(),
+                seq_lens.unsafe_ptr(),
+                q.dim_size(0),
+                seq_lens.dim_size(0),
+                q.dim_size(1) // D,
+                num_kv_heads,
+                Int(max_query_len),
+                Int(max_seq_len),
+                ctx,
+            )
         else:
             comptime assert False, "mili.paged_attention: unsupported target"
