@@ -1,4 +1,4 @@
-"""mili's kernels: every op that a Qwen3 forward pass and its sampler need, each with a CPU and a GPU path."""
+"""Kernels of mili: every op that a Qwen3 forward pass and its sampler need, each with a CPU and a GPU path."""
 
 from .embedding import *
 from .linear import *

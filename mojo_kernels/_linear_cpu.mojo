@@ -16,10 +16,12 @@ comptime VECS = PANEL // WIDTH  # vectors that span one panel
 comptime MAX_ROWS = 12 if WIDTH >= 16 else 3
 
 
+# --8<-- [start:dot2]
 @always_inline
 def _dot2_bf16(acc: SIMD[F32, 16], w: SIMD[BF16, 32], x: SIMD[BF16, 32]) -> SIMD[F32, 16]:
     """Adds w[2i] x[2i] + w[2i+1] x[2i+1] to lane i."""
     return llvm_intrinsic["llvm.x86.avx512bf16.dpbf16ps.512", SIMD[F32, 16], has_side_effect=False](acc, w, x)
+# --8<-- [end:dot2]
 
 
 @always_inline
@@ -30,6 +32,7 @@ def _step[dtype: DType, ROWS: Int](
     comptime if dtype == BF16:
         var words = x.unsafe_bitcast[Int32]()
         comptime if HAS_BF16_DOT and WIDTH == 16:
+            # --8<-- [start:step]
             var w = Array[SIMD[BF16, 32], VECS](fill=0)
             comptime for v in range(VECS):
                 w[v] = rebind[Ptr[BF16]](panel).unsafe_load[width=32](step * PANEL * 2 + v * 32)
@@ -39,6 +42,7 @@ def _step[dtype: DType, ROWS: Int](
                     acc[r * VECS + v] = rebind[SIMD[F32, WIDTH]](
                         _dot2_bf16(rebind[SIMD[F32, 16]](acc[r * VECS + v]), w[v], pair)
                     )
+            # --8<-- [end:step]
         else:
             var packed = panel.unsafe_bitcast[Int32]()
             comptime for v in range(VECS):
@@ -85,6 +89,7 @@ def linear_cpu[dtype: DType, out_dtype: DType, has_bias: Bool](
     y: Ptr[out_dtype], x: Ptr[dtype], w: Ptr[dtype], bias: Ptr[dtype], m: Int, n: Int, k: Int
 ):
     """Computes y[m, n] = x[m, k] w^T (+ bias) with w in panels, parallel over runs of panels."""
+    # --8<-- [start:tasks]
     var panels = ceildiv(n, PANEL)
 
     def task(p: Int) {var}:
@@ -106,3 +111,4 @@ def linear_cpu[dtype: DType, out_dtype: DType, has_bias: Bool](
 
     # A chunk of panels is one contiguous stretch of the weight, read once however many rows there are.
     for_each(task, panels, n * k * size_of[dtype]() * ceildiv(m, 4))
+    # --8<-- [end:tasks]

@@ -6,6 +6,7 @@ about 128 KB in that time. Work below twice that stays on the calling thread.
 
 from ._prelude import *
 
+# --8<-- [start:for_each]
 comptime GRAIN = 128 * 1024  # bytes of memory traffic, or as much time of arithmetic, that a chunk is worth at least
 comptime CHUNKS_PER_WORKER = 4  # so that a core that is busy elsewhere holds up a quarter of its share only
 
@@ -25,3 +26,4 @@ def for_each[F: def(Int) -> None](task: F, count: Int, work: Int):
             task(i)
 
     sync_parallelize(chunk, chunks)
+# --8<-- [end:for_each]

@@ -1,3 +1,4 @@
+# --8<-- [start:header]
 """RMSNorm with the residual add fused in, for all rows or for chosen rows.
 
 Math:      r = round(x + residual);  y = r / sqrt(mean(r^2) + eps) * weight
@@ -11,13 +12,16 @@ Bound:     bytes = 4 R H sizeof(dtype) (3 for _rows); flops = 5 R H
 Limits:    H is any positive number; 16-byte accesses on the GPU when H allows, else one element at a time
 Source:    Zhang and Sennrich 2019 (arXiv 1910.07467)
 """
+# --8<-- [end:header]
 
 from ._parallel import for_each
 from ._prelude import *
 
 comptime BLOCK = 256
+"""Threads of a GPU thread block, which owns one row."""
 
 
+# --8<-- [start:row_cpu]
 @always_inline
 def _add_norm_row_cpu[dtype: DType, store_residual: Bool](
     y: Ptr[dtype], residual_out: Ptr[dtype], x: Ptr[dtype], residual: Ptr[dtype], weight: Ptr[dtype], h: Int, eps: Float32
@@ -46,9 +50,11 @@ def _add_norm_row_cpu[dtype: DType, store_residual: Bool](
         i += W
     while i < h:
         y[unsafe_offset=i] = (kept[unsafe_offset=i].cast[F32]() * scale * weight[unsafe_offset=i].cast[F32]()).cast[dtype]()
+# --8<-- [end:row_cpu]
         i += 1
 
 
+# --8<-- [start:kernel_gpu]
 def _add_norm_kernel[dtype: DType, VEC: Int, chosen_rows: Bool](
     y: Ptr[dtype],
     residual_out: Ptr[dtype],
@@ -92,6 +98,7 @@ def _add_norm_kernel[dtype: DType, VEC: Int, chosen_rows: Bool](
         var r = kept.unsafe_load[width=VEC, alignment=ALIGN](out + i).cast[F32]()
         var w = weight.unsafe_load[width=VEC, alignment=ALIGN](i).cast[F32]()
         y.unsafe_store[alignment=ALIGN](out + i, (r * scale * w).cast[dtype]())
+# --8<-- [end:kernel_gpu]
         i += BLOCK * VEC
 
 
@@ -107,6 +114,7 @@ def _add_norm_gpu[dtype: DType, chosen_rows: Bool](
     eps: Float32,
     ctx: DeviceContext,
 ) raises:
+    # --8<-- [start:launch_gpu]
     comptime VEC = 16 // size_of[dtype]()
     if h % VEC == 0:
         comptime kernel = _add_norm_kernel[dtype, VEC, chosen_rows]
@@ -118,8 +126,10 @@ def _add_norm_gpu[dtype: DType, chosen_rows: Bool](
         ctx.enqueue_function[kernel](
             y, residual_out, x, residual, rows, weight, Int32(h), eps, grid_dim=num_rows, block_dim=BLOCK
         )
+    # --8<-- [end:launch_gpu]
 
 
+# --8<-- [start:register]
 @extensibility.register("mili.add_rms_norm")
 struct AddRmsNorm:
     """Adds x to the residual stream and normalises the sum."""
@@ -135,6 +145,7 @@ struct AddRmsNorm:
         weight: InputTensor[dtype=y.dtype, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
+# --8<-- [end:register]
         """Runs the op.
 
         Parameters:
@@ -161,6 +172,7 @@ struct AddRmsNorm:
         var xp = x.unsafe_ptr()
         var rp = residual.unsafe_ptr()
         var wp = weight.unsafe_ptr()
+        # --8<-- [start:dispatch]
         comptime if is_cpu[target]():
 
             def row(t: Int) {var}:
@@ -175,6 +187,7 @@ struct AddRmsNorm:
             _add_norm_gpu[y.dtype, False](yp, op, xp, rp, unused, wp, rows, h, eps, ctx)
         else:
             comptime assert False, "mili.add_rms_norm: unsupported target"
+        # --8<-- [end:dispatch]
 
 
 @extensibility.register("mili.add_rms_norm_rows")

@@ -32,12 +32,14 @@ LogitOwner: TypeAlias = tuple[int, Literal["sample", "prompt"], int]
 class ForwardBatch:
     """T tokens of B requests, P pages for the longest, R rows of logits; all arrays int32 and C-contiguous."""
 
+    # --8<-- [start:fields]
     token_ids: IntArray  # [T]
     positions: IntArray  # [T] index of the token in its request
     slots: IntArray  # [T] page * page_size + offset: where the token's keys and values are written
     query_starts: IntArray  # [B+1] rows query_starts[b]..query_starts[b+1]-1 belong to request b
     seq_lens: IntArray  # [B] tokens in the cache after this step
     page_table: IntArray  # [B, P] page ids, padded with the scratch page 0
+    # --8<-- [end:fields]
     logit_rows: IntArray  # [R] the rows whose logits are wanted; a lone 0 without an owner if there are none
     logit_owners: list[LogitOwner]  # one per row of logits, in order; empty for that lone 0
     sample_rows: IntArray  # [requests sampled from] which of the R rows, in plan order: what Scheduler.record takes

@@ -71,6 +71,7 @@ def cache_folder() -> Path:
 
 def artefact_key(config: ModelConfig, dtype: str, page_size: int, target: Target) -> str:
     """Hex digest of everything a compiled step depends on."""
+    # --8<-- [start:key]
     facts = {
         "max": version("max"),
         "sources": _sources_digest(),
@@ -80,6 +81,7 @@ def artefact_key(config: ModelConfig, dtype: str, page_size: int, target: Target
         "target": asdict(target),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    # --8<-- [end:key]
 
 
 def artefact_path(config: ModelConfig, dtype: str, page_size: int, target: Target) -> Path:

@@ -139,6 +139,7 @@ class Engine:
         An exception ends the requests that took part in the step, and `take` raises it for them; the others go on.
         KeyboardInterrupt and its like end them too, and then leave this method.
         """
+        # --8<-- [start:step]
         plan = self._scheduler.schedule()
         if not plan:
             return Progress([], [])
@@ -151,6 +152,7 @@ class Engine:
             batch = ForwardBatch.build(plan, self._cache.page_size)
             output = self._runner.execute(batch, _sampling_batch(batch, children))
             return self._take_in(plan, children, batch, output)
+        # --8<-- [end:step]
         except Exception as error:
             return Progress([], self._fail(children, error))
         except BaseException:

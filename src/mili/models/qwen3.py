@@ -154,12 +154,14 @@ def build_graph(config: ModelConfig, dtype: DType, page_size: int, device: Devic
         table = _weight("model.embed_tokens.weight", (config.vocab_size, config.hidden_size), dtype, device)
         x, residual = embedding(_tensor(given["token_ids"]), table, config.hidden_size)
         layer_graph: Graph | None = None
+        # --8<-- [start:calls]
         for number in range(config.num_hidden_layers):
             layer = ops.constant(number, i32, device=DeviceRef.CPU())
             if layer_graph is None:
                 layer_graph = _layer_graph(graph, config, dtype, device, step, x, layer)
             outputs = ops.call(layer_graph, x, residual, layer, *step.values(), prefix=f"model.layers.{number}.")
             x, residual = outputs[0].tensor, outputs[1].tensor
+        # --8<-- [end:calls]
         norm = _weight("model.norm.weight", (config.hidden_size,), dtype, device)
         last = add_rms_norm_rows(x, residual, _tensor(given["logit_rows"]), norm, config.rms_norm_eps)
         head = table
@@ -204,6 +206,7 @@ def _layer(
     step: _Step,
 ) -> tuple[TensorValue, TensorValue]:
     """x [T, H] is what the previous block adds to the residual stream [T, H]; the adds happen inside the norms."""
+    # --8<-- [start:layer]
     head_dim, eps = config.head_dim, config.rms_norm_eps
     cache = CacheView(step.k_cache, step.v_cache, layer)
     x, residual = add_rms_norm(x, residual, weights["input_layernorm.weight"], eps)
@@ -226,6 +229,7 @@ def _layer(
     gate_up = linear(x, weights["mlp.gate_up_proj.weight"], 2 * config.intermediate_size)
     x = linear(silu_mul(gate_up), weights["mlp.down_proj.weight"], config.hidden_size)
     return x, residual
+    # --8<-- [end:layer]
 
 
 def _weight(

@@ -27,6 +27,7 @@ def kernels_path() -> Path:
     raise FileNotFoundError(f"mili's Mojo kernels are neither in {package} nor beside its source tree; reinstall mili")
 
 
+# --8<-- [start:kernel_op]
 def kernel_op(
     name: str,
     device: DeviceRef,
@@ -40,6 +41,7 @@ def kernel_op(
         f"mili.{name}", device=device, values=list(values), out_types=list(out_types), parameters=dict(parameters or {})
     )
     return [result.tensor for result in results]
+# --8<-- [end:kernel_op]
 
 
 def check_tensor(

@@ -6,6 +6,7 @@ from max.graph import TensorType, TensorValue
 from mili.ops._call import check_tensor, kernel_op
 
 
+# --8<-- [start:add_rms_norm]
 def add_rms_norm(
     x: TensorValue, residual: TensorValue, weight: TensorValue, eps: float
 ) -> tuple[TensorValue, TensorValue]:
@@ -24,6 +25,7 @@ def add_rms_norm(
     out = TensorType(x.dtype, x.shape, x.device)
     y, total = kernel_op("add_rms_norm", x.device, [x, residual, weight], [out, out], {"eps": eps})
     return y, total
+# --8<-- [end:add_rms_norm]
 
 
 def add_rms_norm_rows(
