@@ -301,7 +301,15 @@ ROPES = {
     "mscale": {"rope_theta": 1e4, **YARN, "mscale": 0.707, "mscale_all_dim": 1.0},
     "mscale alone": {"rope_theta": 1e4, **YARN, "mscale": 0.707},
     "betas": {"rope_theta": 1e6, **YARN, "original_max_position_embeddings": 32768, "beta_fast": 16, "beta_slow": 2},
-    "empty ramp": {"rope_theta": 1e6, **YARN, "original_max_position_embeddings": 4, "beta_fast": 2, "beta_slow": 2},
+    "zero betas": {
+        "rope_theta": 1e6,
+        **YARN,
+        "original_max_position_embeddings": 32768,
+        "beta_fast": 0,
+        "beta_slow": 0,
+    },
+    "empty ramp": {"rope_theta": 1e6, **YARN, "beta_fast": 2, "beta_slow": 2, "truncate": False},
+    "ramp below zero": {"rope_theta": 1e6, **YARN, "original_max_position_embeddings": 4},
 }
 
 
