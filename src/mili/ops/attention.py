@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from max.dtype import DType
-from max.graph import BufferValue, TensorType, TensorValue
+from max.graph import BufferValue, StaticDim, TensorType, TensorValue
 
 from mili.ops._call import check_tensor, kernel_op
 
@@ -20,7 +20,7 @@ class CacheView:
 
 
 def kv_cache_shapes(
-    layers: int, pages: int | str, kv_heads: int, page_size: int, head_dim: int, on_cpu: bool
+    layers: int, pages: int | str, kv_heads: int, page_size: int | str, head_dim: int, on_cpu: bool
 ) -> tuple[list[int | str], list[int | str]]:
     """Shapes of the key and value caches; the CPU keeps a page's keys side by side, [.., D, S] and not [.., S, D]."""
     head: list[int | str] = [layers, pages, kv_heads]
@@ -134,8 +134,9 @@ def paged_attention(
 
 
 def _check_cache(op: str, cache: CacheView, like: TensorValue, kv_heads: int, head_dim: int) -> None:
-    page_size = int(cache.v.shape[3])
-    if page_size & (page_size - 1):
+    dim = cache.v.shape[3]
+    page_size = int(dim) if isinstance(dim, StaticDim) else str(dim)  # a symbolic one is checked by nobody
+    if isinstance(page_size, int) and page_size & (page_size - 1):
         raise ValueError(f"{op}: page size is {page_size}, expected a power of two")
     layers = int(cache.v.shape[0])
     k_shape, v_shape = kv_cache_shapes(layers, "pages", kv_heads, page_size, head_dim, like.device.is_cpu())

@@ -1,0 +1,99 @@
+"""Random inputs of each kernel, in the reference's plain layouts and already rounded to the kernel's dtype.
+
+Values are drawn to make mistakes visible: norms small enough for eps to count, gates that overflow exp, pages in random
+order, and NaN wherever a kernel must not look. Invariant: equal generator state, shape and dtype give equal arrays.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+
+from support.reference import Array, Arrays, round_to
+
+Shape = Mapping[str, Any]  # dims by their letter; `requests` is a tuple of (seq_len, query_len)
+
+LAYERS, LAYER = 2, 1  # the caches' layers, and the one that kernels are asked to use
+
+
+def normal(rng: Generator, dtype: str, *shape: int) -> Array:
+    """Standard normal values of `dtype`."""
+    return round_to(dtype, rng.standard_normal(shape, np.float32))
+
+
+def row_scales(rng: Generator, rows: int, low: float, high: float) -> Array:
+    """[rows, 1] factors 10^low ... 10^high."""
+    return (10 ** rng.uniform(low, high, (rows, 1))).astype(np.float32)
+
+
+def embedding_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
+    return {"token_ids": rng.integers(0, s["V"], s["T"], np.int32), "table": normal(rng, dtype, s["V"], s["H"])}
+
+
+def norm_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
+    # Down to 1e-4, where eps is no longer small against the mean square.
+    scales = row_scales(rng, s["T"], -4, 1)
+    x, residual = (round_to(dtype, normal(rng, dtype, s["T"], s["H"]) * scales) for _ in range(2))
+    if s["T"] > 2:
+        residual[1] = -x[1]  # a sum of exactly zero
+    weight = round_to(dtype, 1 + 0.5 * rng.standard_normal(s["H"]))
+    rows = {"rows": rng.integers(0, s["T"], s["R"]).astype(np.int32)} if "R" in s else {}
+    return {"x": x, "residual": residual, "weight": weight, **rows}
+
+
+def silu_mul_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
+    scales = row_scales(rng, s["T"], -1, 1.5)  # up to gates of about 100, where exp overflows float32
+    return {"gate_up": round_to(dtype, normal(rng, dtype, s["T"], 2 * s["I"]) * scales)}
+
+
+def linear_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
+    bias = {"bias": normal(rng, dtype, s["N"])} if s["bias"] else {}
+    weight = round_to(dtype, normal(rng, dtype, s["N"], s["K"]) * s["K"] ** -0.5)
+    return {"x": normal(rng, dtype, s["M"], s["K"]), "weight": weight, **bias}
+
+
+def store_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
+    hq, hkv, d, tokens, page_size = (s[name] for name in ("Hq", "Hkv", "D", "T", "S"))
+    pages, positions = -(-tokens // page_size) + 3, 2 * tokens + 5
+    angles = rng.uniform(0, 2 * np.pi, (positions, d // 2))
+    cache = (LAYERS, pages, hkv, page_size, d)
+    return {
+        "qkv": round_to(dtype, normal(rng, dtype, tokens, (hq + 2 * hkv) * d) * row_scales(rng, tokens, -3, 1)),
+        "q_norm": round_to(dtype, 1 + 0.5 * rng.standard_normal(d)),
+        "k_norm": round_to(dtype, 1 + 0.5 * rng.standard_normal(d)),
+        "cos_sin": np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32),
+        "positions": rng.permutation(positions)[:tokens].astype(np.int32),
+        "slots": rng.permutation(pages * page_size)[:tokens].astype(np.int32),
+        "k_cache": normal(rng, dtype, *cache),
+        "v_cache": normal(rng, dtype, *cache),
+        "layer": np.array(LAYER, np.int32),
+    }
+
+
+def attention_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
+    """Pages in random order; every slot that no request uses, and every other layer, holds NaN."""
+    requests, page_size = s["requests"], s["S"]
+    needed = [-(-length // page_size) for length, _ in requests]
+    ids = rng.permutation(np.arange(1, sum(needed) + 3)).astype(np.int32)
+    page_table = np.zeros((len(requests), max(needed, default=1)), np.int32)
+    cache = (LAYERS, sum(needed) + 3, s["Hkv"], page_size, s["D"])
+    k, v = np.full(cache, np.nan, np.float32), np.full(cache, np.nan, np.float32)
+    for b, (length, _) in enumerate(requests):
+        page_table[b, : needed[b]] = ids[sum(needed[:b]) : sum(needed[: b + 1])]
+        for i, page in enumerate(page_table[b, : needed[b]]):
+            used = min(page_size, length - i * page_size)
+            k[LAYER, page, :, :used] = normal(rng, dtype, s["Hkv"], used, s["D"])
+            v[LAYER, page, :, :used] = normal(rng, dtype, s["Hkv"], used, s["D"])
+    rows = [query_len for _, query_len in requests]
+    return {
+        "q": round_to(dtype, normal(rng, dtype, sum(rows), s["Hq"] * s["D"]) * row_scales(rng, sum(rows), -1, 0.3)),
+        "k_cache": k,
+        "v_cache": v,
+        "page_table": page_table,
+        "query_starts": np.cumsum([0, *rows]).astype(np.int32),
+        "seq_lens": np.array([length for length, _ in requests], np.int32),
+        "layer": np.array(LAYER, np.int32),
+        "max_query_len": np.array(max(rows, default=0), np.int32),
+        "max_seq_len": np.array(max((length for length, _ in requests), default=0), np.int32),
+    }

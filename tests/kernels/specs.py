@@ -1,0 +1,234 @@
+"""One `KernelSpec` for each kernel: what it computes, on which inputs and shapes, and what it costs.
+
+Tests, the benchmark and the planted bugs all read these objects. Pass rule (`violations`): inputs are rounded to the
+dtype first; outputs that only copy or round once must equal the naive ones bit by bit; for the others
+
+    error(kernel) <= 2 * error(naive) + 2^-24
+
+where error is the relative L2 distance from the float64 reference, the worst row's when rows have 32 elements or more
+(a wrong row cannot hide among good ones) and that of the whole output otherwise (a short row's rounding is luck).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+
+from kernels.inputs import (
+    Shape,
+    attention_inputs,
+    embedding_inputs,
+    linear_inputs,
+    norm_inputs,
+    silu_mul_inputs,
+    store_inputs,
+)
+from support.reference import (
+    Arithmetic,
+    Array,
+    Arrays,
+    exact,
+    naive,
+    paged_attention,
+    qk_norm_rope_store,
+    rms_norm,
+    silu,
+)
+
+EPS = 1e-6
+DTYPES = ("float32", "bfloat16")
+HEADS = tuple(
+    {"Hq": q, "Hkv": kv, "D": d} for q, kv, d in ((16, 8, 128), (4, 1, 64), (8, 1, 64), (2, 2, 64), (4, 2, 128))
+)
+PAGE_SIZES = (1, 2, 16, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """`statics` fix an instance of the op in the graph; `grid` holds the dims that only a call fixes."""
+
+    name: str
+    statics: tuple[Shape, ...]
+    grid: tuple[Shape, ...]
+    inputs: Callable[[Generator, Shape, str], Arrays]
+    compute: Callable[[Arithmetic, Arrays, Shape], Arrays]
+    bytes_moved: Callable[[Shape, int], int]  # of a shape and an element's size, as in the kernel's header
+    flops: Callable[[Shape], int]
+    exact: frozenset[str] = frozenset()
+
+    def shapes(self) -> list[Shape]:
+        """Every instance with every entry of the grid."""
+        return [{**static, **dynamic} for static in self.statics for dynamic in self.grid]
+
+    def violations(self, inputs: Arrays, outputs: Arrays, shape: Shape, dtype: str) -> list[str]:
+        """What is wrong with `outputs`, one line each; empty when they pass."""
+        true = self.compute(exact(dtype), inputs, shape)
+        plain = self.compute(naive(dtype), inputs, shape)
+        assert set(outputs) == set(true), f"{self.name} returned {sorted(outputs)}, expected {sorted(true)}"
+        found = []
+        for name, got in outputs.items():
+            if got.shape != true[name].shape:
+                found.append(f"{name}: shape {got.shape}, expected {true[name].shape}")
+            elif name in self.exact:
+                if not same_bits(got, plain[name]):
+                    found.append(f"{name}: differs, expected the very bits")
+            elif not np.array_equal(np.isnan(got), np.isnan(true[name])):
+                found.append(f"{name}: NaN where none is expected, or none where one is")
+            else:
+                limit = 2 * error(plain[name], true[name]) + 2.0**-24
+                if (have := error(got, true[name])) > limit:
+                    found.append(f"{name}: error {have:.3g} above {limit:.3g}")
+        return found
+
+
+def error(values: Array, exact: Array) -> float:
+    """Relative L2 distance, of the worst row or of the whole; NaN must sit in the same places and is left out."""
+    if values.size == 0:
+        return 0.0
+    width = exact.shape[-1] if exact.shape[-1] >= 32 else exact.size
+    reference = np.nan_to_num(exact.astype(np.float64)).reshape(-1, width)
+    difference = np.linalg.norm(np.nan_to_num(values.astype(np.float64)).reshape(-1, width) - reference, axis=1)
+    norm = np.linalg.norm(reference, axis=1)
+    return float((difference / np.where(norm == 0, 1, norm)).max())
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    """Equal as float32 bit patterns, so that NaN equals NaN and 0 is not -0."""
+    a, b = (np.ascontiguousarray(x, np.float32).view(np.uint32) for x in (a, b))
+    return np.array_equal(a, b)
+
+
+def _embedding(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
+    hidden = a(x["table"][x["token_ids"]])
+    return {"hidden": hidden, "zeros": np.zeros_like(hidden)}
+
+
+def _add_rms_norm(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
+    total = a.store(x["x"] + x["residual"])  # y belongs to the rounded sum that the next layer sees
+    return {"y": rms_norm(a, total, x["weight"], EPS), "residual_out": total}
+
+
+def _add_rms_norm_rows(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
+    return {"y": rms_norm(a, a.store(x["x"] + x["residual"])[x["rows"]], x["weight"], EPS)}
+
+
+def _silu_mul(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
+    gate, up = x["gate_up"][:, : s["I"]], x["gate_up"][:, s["I"] :]
+    return {"y": a.round(silu(a, gate) * a(up))}
+
+
+def _linear(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
+    y = a.dot(a(x["x"]), a(x["weight"]))
+    y = y if s["wide"] else a.round(y)
+    if s["bias"]:
+        y = y + a(x["bias"])
+    return {"y": y if s["wide"] else a.round(y)}
+
+
+def _store(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
+    return qk_norm_rope_store(a, x, EPS)
+
+
+def _attention(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
+    out = paged_attention(a, x, s["D"], s["D"] ** -0.5)
+    return {"out": out, "k_cache": a(x["k_cache"]), "v_cache": a(x["v_cache"])}
+
+
+def _keys_seen(requests: tuple[tuple[int, int], ...]) -> int:
+    """Sum over rows of (position + 1)."""
+    return sum(rows * length - rows * (rows - 1) // 2 for length, rows in requests)
+
+
+def _attention_bytes(s: Shape, size: int) -> int:
+    tokens, cached = sum(rows for _, rows in s["requests"]), sum(length for length, _ in s["requests"])
+    return size * (2 * tokens * s["Hq"] * s["D"] + 2 * s["Hkv"] * s["D"] * cached)
+
+
+def _requests(page_size: int) -> tuple[tuple[int, int], ...]:
+    """Decode, prefill and chunks, at the borders of a page, a tile of 64 keys, a chunk of 512 and 32 query rows."""
+    around = ((max(page_size - 1, 1),) * 2, (page_size, 1), (page_size + 1, page_size + 1))
+    return (*around, (1, 1), (33, 33), (63, 5), (64, 32), (65, 2), (512, 1), (513, 3), (512 + page_size, 34), (1100, 1))
+
+
+def _linear_static(k: int, n: int, bias: bool = False, wide: bool = False) -> Shape:
+    return {"K": k, "N": n, "bias": bias, "wide": wide}
+
+
+_TOKENS = tuple({"T": tokens} for tokens in (0, 1, 15, 16, 17))
+_LINEAR = (
+    *(_linear_static(k, n) for k, n in ((1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (66, 101), (2, 1))),
+    *(_linear_static(k, n, bias=True) for k, n in ((1024, 96), (66, 101))),
+    *(_linear_static(k, n, wide=True) for k, n in ((1024, 1003), (34, 33))),  # logits over an odd vocabulary
+)
+
+SPECS = (
+    KernelSpec(
+        "embedding",
+        ({"H": 1024}, {"H": 34}),
+        tuple({"T": tokens, "V": v} for tokens, v in ((0, 5), (1, 1), (15, 33), (17, 64), (16, 1003))),
+        embedding_inputs,
+        _embedding,
+        lambda s, size: 3 * s["T"] * s["H"] * size,
+        lambda s: 0,
+        frozenset({"hidden", "zeros"}),
+    ),
+    KernelSpec(
+        "add_rms_norm",
+        ({"H": 1024}, {"H": 95}, {"H": 1}),
+        _TOKENS,
+        norm_inputs,
+        _add_rms_norm,
+        lambda s, size: 4 * s["T"] * s["H"] * size,
+        lambda s: 5 * s["T"] * s["H"],
+        frozenset({"residual_out"}),
+    ),
+    KernelSpec(
+        "add_rms_norm_rows",
+        ({"H": 1024}, {"H": 95}),
+        tuple({"T": tokens, "R": rows} for tokens, rows in ((1, 0), (1, 1), (17, 3), (5, 16))),
+        norm_inputs,
+        _add_rms_norm_rows,
+        lambda s, size: 3 * s["R"] * s["H"] * size,
+        lambda s: 5 * s["R"] * s["H"],
+    ),
+    KernelSpec(
+        "silu_mul",
+        ({"I": 3072}, {"I": 45}, {"I": 1}),
+        _TOKENS,
+        silu_mul_inputs,
+        _silu_mul,
+        lambda s, size: 3 * s["T"] * s["I"] * size,
+        lambda s: 5 * s["T"] * s["I"],
+    ),
+    KernelSpec(
+        "linear",
+        _LINEAR,
+        tuple({"M": rows} for rows in (0, 1, 2, 11, 12, 13, 25)),
+        linear_inputs,
+        _linear,
+        lambda s, size: (s["N"] + s["M"]) * s["K"] * size + s["M"] * s["N"] * (4 if s["wide"] else size),
+        lambda s: 2 * s["M"] * s["N"] * s["K"],
+    ),
+    KernelSpec(
+        "qk_norm_rope_store",
+        HEADS,
+        tuple({"T": tokens, "S": s} for s in PAGE_SIZES for tokens in sorted({0, 1, s - 1, s, s + 1})),
+        store_inputs,
+        _store,
+        lambda s, size: s["T"] * (2 * s["Hq"] + 4 * s["Hkv"]) * s["D"] * size + 4 * s["T"] * s["D"],
+        lambda s: 8 * s["T"] * (s["Hq"] + s["Hkv"]) * s["D"],
+        frozenset({"v_cache"}),
+    ),
+    KernelSpec(
+        "paged_attention",
+        HEADS,
+        ({"S": 16, "requests": ()}, *({"S": s, "requests": _requests(s)} for s in PAGE_SIZES)),
+        attention_inputs,
+        _attention,
+        _attention_bytes,
+        lambda s: 4 * s["Hq"] * s["D"] * _keys_seen(s["requests"]),
+        frozenset({"k_cache", "v_cache"}),
+    ),
+)
+BY_NAME = {spec.name: spec for spec in SPECS}

@@ -1,0 +1,233 @@
+"""Run mili's kernels on NumPy arrays: one compiled graph holds many independent instances of the ops.
+
+Compiling costs per graph and hardly per op, so all instances of a dtype share a graph, and a call gives inputs without
+rows to the instances it does not use. Knows how the reference's plain layouts become the device's (on the CPU weights
+in panels and the keys of a page side by side); knows no expected values. Invariant: a cached graph is used only under a
+key made of the kernels, the wrappers, this file, the instances, MAX and the device.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from max.driver import CPU, Buffer, Device
+from max.dtype import DType
+from max.engine import InferenceSession
+from max.engine.api import CompiledModel, read
+from max.graph import BufferType, DeviceRef, Graph, TensorType, TensorValue
+
+from mili import ops
+from mili.compiler import Target, cache_folder
+from mili.ops import _call
+from mili.ops.activation import silu_mul
+from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_norm_rope_store
+from mili.ops.embedding import embedding
+from mili.ops.linear import linear, linear_weight_shape
+from mili.ops.norm import add_rms_norm, add_rms_norm_rows
+from support.reference import Array, Arrays
+
+Statics = Mapping[str, Any]
+Port = tuple[DType, tuple[int | str, ...]]  # dtype and shape of an input; a string is a symbolic dim
+
+EPS = 1e-6
+LAYERS = 2  # of the caches
+PANEL = 32
+SCALARS = ("layer", "max_query_len", "max_seq_len")  # int32, on the host
+CACHES = ("k_cache", "v_cache")  # written in place
+MATRICES = ("table", "weight")  # in panels on the CPU when they have two dims
+OUTPUTS = {
+    "embedding": ("hidden", "zeros"),
+    "add_rms_norm": ("y", "residual_out"),
+    "add_rms_norm_rows": ("y",),
+    "silu_mul": ("y",),
+    "linear": ("y",),
+    "qk_norm_rope_store": ("q",),
+    "paged_attention": ("out",),
+}
+
+
+class Kernels:
+    """The compiled instances of one dtype on one device."""
+
+    def __init__(self, dtype: str, instances: Iterable[tuple[str, Statics]], device: Device | None = None) -> None:
+        """Compile, or find compiled, a graph of the (op name, static dims) in `instances`."""
+        self.device = device or CPU()
+        self.on_cpu = self.device.is_host
+        self.instances = list(instances)
+        self._dtype = DType[dtype]
+        self._ports = [_ports(name, s, self._dtype, self.on_cpu) for name, s in self.instances]
+        session = InferenceSession(devices=[self.device])
+        self._model = session.init(self._compiled(session))
+        self._idle = [[self._upload(*_no_rows(*item)) for item in ports.items()] for ports in self._ports]
+
+    def prepare(self, name: str, shape: Statics, inputs: Arrays) -> list[Any]:
+        """The arguments of a call of op `name`, on the device; `shape` holds the static dims of an instance."""
+        at = self._index(name, shape)
+        used = [
+            self._upload(port, dtype, self._packed(port, inputs[port])) for port, (dtype, _) in self._ports[at].items()
+        ]
+        return [argument for i, idle in enumerate(self._idle) for argument in (used if i == at else idle)]
+
+    def execute(self, arguments: list[Any]) -> list[Buffer]:
+        """One call: every output of every instance."""
+        return self._model.execute(*arguments)
+
+    def run(self, name: str, shape: Statics, inputs: Arrays) -> Arrays:
+        """The op's outputs as float32 [..], and the caches as they are afterwards; `inputs` stay as they are."""
+        at = self._index(name, shape)
+        arguments = self.prepare(name, shape, inputs)
+        results = self.execute(arguments)
+        first = sum(len(OUTPUTS[op]) for op, _ in self.instances[:at])
+        outputs = {port: self._download(results[first + i]) for i, port in enumerate(OUTPUTS[name])}
+        start = sum(len(ports) for ports in self._ports[:at])
+        for i, port in enumerate(self._ports[at]):
+            if port in CACHES:
+                outputs[port] = self._plain(port, self._download(arguments[start + i]))
+        return outputs
+
+    def _index(self, name: str, shape: Statics) -> int:
+        for i, (op, statics) in enumerate(self.instances):
+            if op == name and all(shape[key] == value for key, value in statics.items()):
+                return i
+        raise KeyError(f"no instance of {name} for {dict(shape)}")
+
+    def _packed(self, port: str, values: Array) -> Array:
+        """From the reference's layout to the device's."""
+        if self.on_cpu and port == "k_cache":
+            return values.swapaxes(3, 4)
+        if not (self.on_cpu and port in MATRICES and values.ndim == 2):
+            return values
+        rows, columns = values.shape
+        step = 2 if self._dtype == DType.bfloat16 else 1  # neighbours in k that lie side by side
+        padded = np.zeros((-(-rows // PANEL) * PANEL, columns), np.float32)
+        padded[:rows] = values
+        lanes = padded.reshape(-1, PANEL, columns // step, step)  # [panel, row, k, pair]
+        return lanes.transpose(0, 2, 1, 3).reshape(-1, columns * PANEL)
+
+    def _plain(self, port: str, values: Array) -> Array:
+        """Back to the reference's layout."""
+        return values.swapaxes(3, 4) if self.on_cpu and port == "k_cache" else values
+
+    def _upload(self, port: str, dtype: DType, values: Array) -> Any:
+        if port in SCALARS:
+            return np.array(values, np.int32)
+        if dtype == DType.bfloat16:
+            bits = (np.ascontiguousarray(values, np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+            buffer = Buffer.from_numpy(bits).view(DType.bfloat16, bits.shape)
+        else:
+            buffer = Buffer.from_numpy(np.array(values, dtype.to_numpy(), order="C"))  # a copy: caches are written
+        return buffer.to(self.device)
+
+    def _download(self, buffer: Buffer) -> Array:
+        host = buffer.to(CPU())
+        if host.dtype == DType.bfloat16:
+            bits = host.view(DType.uint16, host.shape).to_numpy()
+            return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return host.to_numpy().copy()
+
+    def _graph(self) -> Graph:
+        device = DeviceRef.from_device(self.device)
+        types: list[TensorType | BufferType] = []
+        for i, ports in enumerate(self._ports):
+            for port, (dtype, shape) in ports.items():
+                dims = [f"{d}_{i}" if isinstance(d, str) else d for d in shape]
+                kind = BufferType if port in CACHES else TensorType
+                types.append(kind(dtype, dims, DeviceRef.CPU() if port in SCALARS else device))
+        with Graph("kernels", input_types=types, custom_extensions=[_call.kernels_path()]) as graph:
+            inputs = iter(graph.inputs)
+            results: list[TensorValue] = []
+            for (name, statics), ports in zip(self.instances, self._ports, strict=True):
+                values = {p: v.buffer if p in CACHES else v.tensor for p, v in zip(ports, inputs, strict=False)}
+                placed = _place(name, statics, values)
+                assert len(placed) == len(OUTPUTS[name])
+                results += placed
+            graph.output(*results)
+        return graph
+
+    def _compiled(self, session: InferenceSession) -> CompiledModel:
+        facts = (version("max"), Target.of(self.device), self._dtype, self.instances)
+        digest = hashlib.sha256(repr(facts).encode())
+        wrappers = Path(ops.__file__).parent.glob("*.py")
+        for file in sorted([*_call.kernels_path().glob("*.mojo"), *wrappers, Path(__file__)], key=lambda f: f.name):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+        path = cache_folder() / f"kernels-{digest.hexdigest()[:32]}.mef"
+        if path.is_file():
+            return read(path)
+        compiled = session.compile(self._graph())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # a reader never sees half a file
+            compiled.export_mef(f"{folder}/{path.name}")
+            os.replace(f"{folder}/{path.name}", path)
+        return compiled
+
+
+def _no_rows(port: str, described: Port) -> tuple[str, DType, Array]:
+    """An input of an instance that is not used: no rows, no pages, nothing read."""
+    dtype, shape = described
+    return port, dtype, np.zeros([0 if isinstance(d, str) else d for d in shape], np.float32)
+
+
+def _ports(name: str, s: Statics, dtype: DType, on_cpu: bool) -> dict[str, Port]:
+    """The inputs of an instance, in order."""
+    i32, f32 = DType.int32, DType.float32
+    if name == "embedding":
+        return {"token_ids": (i32, ("T",)), "table": (dtype, ("V", s["H"] * PANEL if on_cpu else s["H"]))}
+    if name in ("add_rms_norm", "add_rms_norm_rows"):
+        hidden = s["H"]
+        rows: dict[str, Port] = {"rows": (i32, ("R",))} if name.endswith("rows") else {}
+        return {"x": (dtype, ("T", hidden)), "residual": (dtype, ("T", hidden)), "weight": (dtype, (hidden,)), **rows}
+    if name == "silu_mul":
+        return {"gate_up": (dtype, ("T", 2 * s["I"]))}
+    if name == "linear":
+        bias: dict[str, Port] = {"bias": (dtype, (s["N"],))} if s["bias"] else {}
+        weight = tuple(linear_weight_shape(s["N"], s["K"], on_cpu))
+        return {"x": (dtype, ("M", s["K"])), "weight": (dtype, weight), **bias}
+    k_shape, v_shape = kv_cache_shapes(LAYERS, "pages", s["Hkv"], "S", s["D"], on_cpu)
+    cache: dict[str, Port] = {
+        "k_cache": (dtype, tuple(k_shape)),
+        "v_cache": (dtype, tuple(v_shape)),
+        "layer": (i32, ()),
+    }
+    if name == "qk_norm_rope_store":
+        head: Port = (dtype, (s["D"],))
+        qkv: Port = (dtype, ("T", (s["Hq"] + 2 * s["Hkv"]) * s["D"]))
+        row: Port = (i32, ("T",))
+        angles: Port = (f32, ("M", s["D"]))
+        return {
+            "qkv": qkv, "q_norm": head, "k_norm": head, "cos_sin": angles, "positions": row, "slots": row, **cache
+        }  # fmt: skip
+    assert name == "paged_attention", name
+    return {
+        "q": (dtype, ("T", s["Hq"] * s["D"])),
+        **cache,
+        "page_table": (i32, ("B", "P")),
+        "query_starts": (i32, ("B_plus_1",)),
+        "seq_lens": (i32, ("B",)),
+        "max_query_len": (i32, ()),
+        "max_seq_len": (i32, ()),
+    }
+
+
+def _place(name: str, s: Statics, x: dict[str, Any]) -> list[TensorValue]:
+    """Place one instance in the graph under construction."""
+    if name == "linear":
+        out = DType.float32 if s["wide"] else None
+        return [linear(x["x"], x["weight"], s["N"], x.get("bias"), out)]
+    if "k_cache" in x:
+        cache = CacheView(x["k_cache"], x["v_cache"], x["layer"])
+        x = {name: value for name, value in x.items() if name not in ("k_cache", "v_cache", "layer")} | {"cache": cache}
+    calls: dict[str, Callable[[], Any]] = {
+        "embedding": lambda: embedding(**x, hidden_size=s["H"]),
+        "add_rms_norm": lambda: add_rms_norm(**x, eps=EPS),
+        "add_rms_norm_rows": lambda: add_rms_norm_rows(**x, eps=EPS),
+        "silu_mul": lambda: silu_mul(**x),
+        "qk_norm_rope_store": lambda: qk_norm_rope_store(**x, eps=EPS),
+        "paged_attention": lambda: paged_attention(**x, scale=s["D"] ** -0.5),
+    }
+    placed = calls[name]()
+    return [placed] if isinstance(placed, TensorValue) else list(placed)
