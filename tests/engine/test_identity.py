@@ -42,26 +42,26 @@ def alone(dtype: str, params: SamplingParams) -> list:
         return [fingerprint(llm.generate([prompt], params, use_tqdm=False)[0]) for prompt in PROMPTS]
 
 
-def run(dtype: str, params: SamplingParams, **options) -> tuple[list, dict]:
+def run(dtype: str, params: SamplingParams, **options) -> list:
     with LLM(device="cpu", dtype=dtype, **options) as llm:
         outputs = llm.generate(PROMPTS, params, use_tqdm=False)
-        return [fingerprint(output) for output in outputs], llm.get_metrics()
+        return [fingerprint(output) for output in outputs]
 
 
 def test_in_a_batch(dtype: str, params: SamplingParams, alone: list) -> None:
-    together, _ = run(dtype, params)
+    together = run(dtype, params)
     assert together == alone
 
 
 def test_in_chunks(dtype: str, params: SamplingParams, alone: list) -> None:
-    chunked, _ = run(dtype, params, max_num_seqs=8, max_num_batched_tokens=37)
+    chunked = run(dtype, params, max_num_seqs=8, max_num_batched_tokens=37)
     assert chunked == alone
 
 
 def test_other_page_sizes(dtype: str, params: SamplingParams, alone: list) -> None:
     if dtype == "bfloat16":
         pytest.skip("one dtype is enough: the page size only changes addresses (a graph of its own to compile)")
-    small, _ = run(dtype, params, block_size=4)
+    small = run(dtype, params, block_size=4)
     assert small == alone
 
 
@@ -74,11 +74,16 @@ def test_from_the_prefix_cache(dtype: str, params: SamplingParams, alone: list) 
 
 
 def test_preempted(dtype: str, params: SamplingParams, alone: list) -> None:
-    # 57 pages of 16 tokens: one long request fits, several together do not.
-    kv_bytes = 8 * 2 * 2 * 64 * (4 if dtype == "float32" else 2) * 16 * 57
-    preempted, metrics = run(dtype, params, max_model_len=800, kv_cache_memory_bytes=kv_bytes)
-    assert metrics["num_preemptions_total"] > 0
-    assert preempted == alone
+    if dtype == "bfloat16":
+        pytest.skip("float32 shows it with the graph of the page-size test; preemption knows no dtype")
+    short = [index for index, prompt in enumerate(PROMPTS) if len(prompt) < 32]
+    # 111 pages of 4 tokens: the prompts fit together, the prompts with their outputs do not.
+    kv_bytes = 8 * 2 * 2 * 64 * 4 * 4 * 111
+    with LLM(device="cpu", dtype=dtype, block_size=4, max_model_len=400, kv_cache_memory_bytes=kv_bytes) as llm:
+        outputs = llm.generate([PROMPTS[index] for index in short], params, use_tqdm=False)
+        assert llm.get_metrics()["num_preemptions_total"] > 0
+        assert max(output.metrics.num_preemptions for output in outputs) > 0
+    assert [fingerprint(output) for output in outputs] == [alone[index] for index in short]
 
 
 def test_streamed(dtype: str, params: SamplingParams, alone: list) -> None:
