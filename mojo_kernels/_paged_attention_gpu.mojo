@@ -6,7 +6,8 @@ other's requests, so that a row takes the same path, and has the same bits, what
 kernel without tensor cores: there to check the others, not to be fast.
 """
 
-from ._paged_attention_gpu_decode import _inverse, launch_decode
+from ._paged_attention_gpu_decode import launch_decode
+from ._paged_attention_gpu_math import _inverse
 from ._paged_attention_gpu_prefill import launch_prefill
 from ._prelude import *
 from max.gpu import grid_dim
@@ -42,21 +43,52 @@ def paged_attention_gpu[
     comptime if dtype == BF16:
         if max_query_len > 1:
             launch_prefill[dtype, head_dim, page_size, scale](
-                output, q, k_layer, v_layer, page_table, page_table_width, query_starts, seq_lens,
-                num_tokens, num_requests, num_q_heads, num_kv_heads, ctx,
+                output,
+                q,
+                k_layer,
+                v_layer,
+                page_table,
+                page_table_width,
+                query_starts,
+                seq_lens,
+                num_tokens,
+                num_requests,
+                num_q_heads,
+                num_kv_heads,
+                ctx,
             )
         # If every request has max_query_len rows, none has one row and the decode kernel would find nothing to do.
         if max_query_len == 1 or num_tokens != num_requests * max_query_len:
             launch_decode[dtype, head_dim, page_size, scale](
-                output, q, k_layer, v_layer, page_table, page_table_width, query_starts, seq_lens,
-                num_requests, num_q_heads, num_kv_heads, max_seq_len, ctx,
+                output,
+                q,
+                k_layer,
+                v_layer,
+                page_table,
+                page_table_width,
+                query_starts,
+                seq_lens,
+                num_requests,
+                num_q_heads,
+                num_kv_heads,
+                max_seq_len,
+                ctx,
             )
     else:
         comptime kernel = _simple_kernel[dtype, head_dim, page_size, scale]
         ctx.enqueue_function[kernel](
-            output, q, k_layer, v_layer, page_table, Int32(page_table_width), query_starts, seq_lens,
-            Int32(num_requests), Int32(num_kv_heads),
-            grid_dim=(num_q_heads, num_tokens), block_dim=WARPS * WARP_SIZE,
+            output,
+            q,
+            k_layer,
+            v_layer,
+            page_table,
+            Int32(page_table_width),
+            query_starts,
+            seq_lens,
+            Int32(num_requests),
+            Int32(num_kv_heads),
+            grid_dim=(num_q_heads, num_tokens),
+            block_dim=WARPS * WARP_SIZE,
         )
 
 
@@ -110,9 +142,7 @@ def _simple_kernel[
 
     var part_m = unsafe_stack_allocation[WARPS, Float32, address_space=AddressSpace.SHARED]()
     var part_l = unsafe_stack_allocation[WARPS, Float32, address_space=AddressSpace.SHARED]()
-    var part_o = unsafe_stack_allocation[
-        WARPS * head_dim, Float32, alignment=16, address_space=AddressSpace.SHARED
-    ]()
+    var part_o = unsafe_stack_allocation[WARPS * head_dim, Float32, alignment=16, address_space=AddressSpace.SHARED]()
     part_m[unsafe_offset=warp_id()] = m
     part_l[unsafe_offset=warp_id()] = l
     part_o.unsafe_store(warp_id() * head_dim + lane * PART, o)

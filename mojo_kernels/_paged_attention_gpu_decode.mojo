@@ -14,6 +14,7 @@ blocks through distributed shared memory, in rank order.
 Keys past the end of the request are read at its last slot instead: nothing unused is touched, and their weight is 0.
 """
 
+from ._paged_attention_gpu_math import LOG2E, VEC, _exp2, _inverse, _quad_max, _quad_sum
 from ._prelude import *
 from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, cluster_sync
 from max.gpu.compute.mma import mma
@@ -23,42 +24,18 @@ from std.sys import inlined_assembly
 from std.sys import _RegisterPackType
 from std.utils.static_tuple import StaticTuple
 
-comptime LOG2E = Float32(1.4426950408889634)
 comptime WARPS = 4
 comptime CHUNK = 16  # keys of one warp at a time: the k of one mma for p v
 comptime TILE = WARPS * CHUNK
 comptime HEADS = 8  # query heads per block: the rows of an mma that are used
 comptime MAX_BLOCKS = 8  # of a cluster; 8 is the most that every device grants
-comptime TILES_PER_BLOCK = 2  # before one more block is worth its merge
+comptime TILES_PER_BLOCK = 4  # before one more block is worth its merge
 
 
 @always_inline
 def _num_blocks[tiles_per_block: Int](seq_len: Int) -> Int:
     """How many blocks share the keys of one request: a function of its length alone."""
     return min(MAX_BLOCKS, max(1, ceildiv(ceildiv(seq_len, TILE), tiles_per_block)))
-
-
-@always_inline
-def _exp2(x: Float32) -> Float32:
-    return inlined_assembly["ex2.approx.ftz.f32 $0, $1;", Float32, constraints="=f,f", has_side_effect=False](x)
-
-
-@always_inline
-def _quad_max(x: Float32) -> Float32:
-    var y = max(x, warp.shuffle_xor(x, 1))
-    return max(y, warp.shuffle_xor(y, 2))
-
-
-@always_inline
-def _quad_sum(x: Float32) -> Float32:
-    var y = x + warp.shuffle_xor(x, 1)
-    return y + warp.shuffle_xor(y, 2)
-
-
-@always_inline
-def _inverse(sum: Float32) -> Float32:
-    """1 / sum, and 0 for a request without keys."""
-    return Float32(0) if sum == 0 else 1 / sum
 
 
 @always_inline
@@ -74,9 +51,9 @@ def _load_peer(address: Int32, rank: Int) -> SIMD[F32, 4]:
 
 
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](WARPS * 32))
-@__llvm_metadata(`nvvm.minctasm`=SIMDLength(min_blocks))
+@__llvm_metadata(`nvvm.minctasm`=SIMDLength(3))
 def _decode_kernel[
-    dtype: DType, head_dim: Int, page_size: Int, scale: Float32, tiles_per_block: Int, min_blocks: Int
+    dtype: DType, head_dim: Int, page_size: Int, scale: Float32, tiles_per_block: Int
 ](
     output: Ptr[dtype],
     q: Ptr[dtype],
@@ -90,7 +67,6 @@ def _decode_kernel[
     num_kv_heads: Int32,
 ):
     """Grid (blocks of a cluster, KV heads * groups of 8 query heads, requests)."""
-    comptime VEC = 8  # elements of 16 bytes
     comptime K_VECS = head_dim // 32  # a quad covers 32 dims of a key at a time
     comptime V_VECS = head_dim // 64  # the 8 lanes of a column cover 64 dims of a value at a time
     comptime O_TILES = head_dim // 16
@@ -198,8 +174,14 @@ def _decode_kernel[
             comptime f = j if V_VECS == 2 else 2 * j + 1
             comptime c = V_VECS - 1
             var a = SIMD[dtype, 8](
-                v_frag[0][e], v_frag[V_VECS][e], v_frag[c][f], v_frag[V_VECS + c][f],
-                v_frag[2 * V_VECS][e], v_frag[3 * V_VECS][e], v_frag[2 * V_VECS + c][f], v_frag[3 * V_VECS + c][f],
+                v_frag[0][e],
+                v_frag[V_VECS][e],
+                v_frag[c][f],
+                v_frag[V_VECS + c][f],
+                v_frag[2 * V_VECS][e],
+                v_frag[3 * V_VECS][e],
+                v_frag[2 * V_VECS + c][f],
+                v_frag[3 * V_VECS + c][f],
             )
             o[j] *= SIMD[F32, 4](fade_0, fade_1, fade_0, fade_1)
             mma(o[j], a, p_frag, o[j])
@@ -209,9 +191,7 @@ def _decode_kernel[
     # Merge the warps. This lane has heads 2 col and 2 col + 1 of the dims from 8 row on (and 64 + 8 row on).
     var part_m = unsafe_stack_allocation[WARPS * HEADS, Float32, address_space=AddressSpace.SHARED]()
     var part_l = unsafe_stack_allocation[WARPS * HEADS, Float32, address_space=AddressSpace.SHARED]()
-    var part_o = unsafe_stack_allocation[
-        WARPS * HEADS * head_dim, Float32, alignment=16, address_space=AddressSpace.SHARED
-    ]()
+    var part_o = unsafe_stack_allocation[WARPS * HEADS * head_dim, Float32, alignment=16, address_space=AddressSpace.SHARED]()
     var block_ml = unsafe_stack_allocation[HEADS * 4, Float32, alignment=16, address_space=AddressSpace.SHARED]()
     l = _quad_sum(l)
     if row < heads:
@@ -276,7 +256,7 @@ def _decode_kernel[
 
 
 def launch_decode[
-    dtype: DType, head_dim: Int, page_size: Int, scale: Float32, tiles_per_block: Int = TILES_PER_BLOCK, min_blocks: Int = 3
+    dtype: DType, head_dim: Int, page_size: Int, scale: Float32, tiles_per_block: Int = TILES_PER_BLOCK
 ](
     output: Ptr[dtype],
     q: Ptr[dtype],
@@ -293,13 +273,22 @@ def launch_decode[
     ctx: DeviceContext,
 ) raises:
     """Attends every request that has one query token; arguments as in `paged_attention_gpu`."""
-    comptime kernel = _decode_kernel[dtype, head_dim, page_size, scale, tiles_per_block, min_blocks]
+    comptime kernel = _decode_kernel[dtype, head_dim, page_size, scale, tiles_per_block]
     var cluster = 1  # a power of two that the longest request fits; more would only add blocks that return at once
     while cluster < _num_blocks[tiles_per_block](max_seq_len):
         cluster *= 2
     ctx.enqueue_function[kernel](
-        output, q, k_layer, v_layer, page_table, Int32(page_table_width), query_starts, seq_lens,
-        Int32(num_q_heads), Int32(num_kv_heads),
+        output,
+        q,
+        k_layer,
+        v_layer,
+        page_table,
+        Int32(page_table_width),
+        query_starts,
+        seq_lens,
+        Int32(num_q_heads),
+        Int32(num_kv_heads),
         grid_dim=(cluster, num_kv_heads * ceildiv(num_q_heads // num_kv_heads, HEADS), num_requests),
-        block_dim=WARPS * WARP_SIZE, cluster_dim=Dim(cluster, 1, 1),
+        block_dim=WARPS * WARP_SIZE,
+        cluster_dim=Dim(cluster, 1, 1),
     )

@@ -10,6 +10,7 @@ on the batch nor on how its prompt was cut into chunks. Keys past the end of the
 masked as all keys after the row's own position are.
 """
 
+from ._paged_attention_gpu_math import LOG2E, VEC, _exp2, _inverse, _quad_max, _quad_sum
 from ._prelude import *
 from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, grid_dim, syncwarp
 from max.gpu.compute.mma import ld_matrix, mma
@@ -17,12 +18,10 @@ from max.gpu.host import FuncAttribute
 from max.gpu.memory import async_copy, async_copy_commit_group, async_copy_wait_group, external_memory
 from std.bit import log2_floor
 from std.utils.static_tuple import StaticTuple
-from ._paged_attention_gpu_decode import LOG2E, _exp2, _inverse, _quad_max, _quad_sum
 
 comptime WARPS = 4
 comptime THREADS = WARPS * 32
 comptime TILE = 64  # keys
-comptime VEC = 8  # elements of 16 bytes
 
 
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))
@@ -145,9 +144,7 @@ def _prefill_kernel[
                 comptime for n in range(S_TILES):
                     var key = Int32(t * TILE + n * 8 + lane % 4 * 2)
                     var at = SIMD[DType.int32, 4](key, key + 1, key, key + 1)
-                    var end = SIMD[DType.int32, 4](
-                        position[2 * i], position[2 * i], position[2 * i + 1], position[2 * i + 1]
-                    )
+                    var end = SIMD[DType.int32, 4](position[2 * i], position[2 * i], position[2 * i + 1], position[2 * i + 1])
                     s[i * S_TILES + n] = at.gt(end).select(SIMD[F32, 4](Float32.MIN_FINITE), s[i * S_TILES + n])
 
         comptime for i in range(M):
@@ -198,9 +195,7 @@ def _prefill_kernel[
         var row = warp_row + lane // ROW_VECS + i * (WARP_SIZE // ROW_VECS)
         var column = lane % ROW_VECS * VEC
         if first_row + row < num_rows:
-            output.unsafe_store[alignment=16](
-                row_offset(row) + column, sq.unsafe_load[width=VEC, alignment=16](row * LD + column)
-            )
+            output.unsafe_store[alignment=16](row_offset(row) + column, sq.unsafe_load[width=VEC, alignment=16](row * LD + column))
 
 
 def launch_prefill[
@@ -227,8 +222,20 @@ def launch_prefill[
     var group = num_q_heads // num_kv_heads
     var tiles = num_tokens * group // ROWS + num_requests
     ctx.enqueue_function[kernel](
-        output, q, k_layer, v_layer, page_table, Int32(page_table_width), query_starts, seq_lens,
-        Int32(num_requests), Int32(num_q_heads), Int32(num_kv_heads), UInt64(ceildiv(1 << 32, group)),
-        grid_dim=(num_kv_heads, tiles), block_dim=THREADS, shared_mem_bytes=SHARED_BYTES,
+        output,
+        q,
+        k_layer,
+        v_layer,
+        page_table,
+        Int32(page_table_width),
+        query_starts,
+        seq_lens,
+        Int32(num_requests),
+        Int32(num_q_heads),
+        Int32(num_kv_heads),
+        UInt64(ceildiv(1 << 32, group)),
+        grid_dim=(num_kv_heads, tiles),
+        block_dim=THREADS,
+        shared_mem_bytes=SHARED_BYTES,
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(UInt32(SHARED_BYTES)),
     )
