@@ -1,0 +1,85 @@
+"""GPU path of `mili.sample`, log-probabilities: the total, a token's rank, the likeliest tokens."""
+
+from ._prelude import *
+from ._sampling_block_gpu import (
+    FIRST,
+    LIST_IDS,
+    LIST_KEYS,
+    LIST_LEN,
+    VEC,
+    Words,
+    _block_min,
+    _block_sum,
+    _each,
+    _fetch_add,
+)
+from ._sampling_filter_gpu import COUNT, _histogram, _threshold
+from ._sampling_math import NEAR_BINS, U32, U64, _exp, _join, _key, _key_value, _mass_high, _mass_low, _scaled
+
+
+def _total_mass[ALIGN: Int](words: Words, x: Ptr[F32], v: Int, top: Float32) -> UInt64:
+    """The sum of exp(x - top) as a mass."""
+    var high_sum = SIMD[U32, VEC](0)
+    var low_sum = SIMD[U32, VEC](0)
+
+    def body(i: Int, logits: SIMD[F32, VEC]) {mut high_sum, mut low_sum, imm}:
+        var e = _exp(_scaled(logits, top, Float32(1)))
+        var high = _mass_high(e)
+        high_sum += high
+        low_sum += _mass_low(e, high)
+
+    _each[ALIGN](x, v, body)
+    return _block_sum(words, _join(high_sum.cast[U64]().reduce_add(), low_sum.cast[U64]().reduce_add()))
+
+
+def _rank[ALIGN: Int](words: Words, x: Ptr[F32], v: Int, key: UInt32) -> Int:
+    """1 + the number of larger keys."""
+    var above = SIMD[U32, VEC](0)
+
+    def body(i: Int, logits: SIMD[F32, VEC]) {mut above, imm}:
+        above += _key(logits).gt(key).cast[U32]()
+
+    _each[ALIGN](x, v, body)
+    return 1 + Int(_block_sum(words, above.cast[U64]().reduce_add()))
+
+
+def _next_of[ALIGN: Int](words: Words, x: Ptr[F32], v: Int, key: UInt32, after: Int) -> Int:
+    """The lowest token id above `after` with this key; there must be one."""
+    var best = UInt32(0xFFFFFFFF)
+
+    def body(i: Int, logits: SIMD[F32, VEC]) {mut best, imm}:
+        var equal = _key(logits).eq(key)
+        comptime for lane in range(VEC):
+            if equal[lane] and i + lane > after:
+                best = min(best, UInt32(i + lane))
+
+    _each[ALIGN](x, v, body)
+    return Int(_block_min(words, best))
+
+
+def _list_top[ALIGN: Int](words: Words, x: Ptr[F32], v: Int, top_key: UInt32, n: Int):
+    """Leaves the n <= V likeliest tokens in LIST_KEYS and LIST_IDS, lowest ids first among equals, in no order."""
+    _histogram[ALIGN](words, FIRST, x, v, _key_value(top_key), Float32(1), 0, NEAR_BINS)
+    var mass = UInt64(0)
+    var last_key = _threshold[ALIGN, COUNT](words, x, v, top_key, Float32(1), UInt64(n), mass)
+    if thread_idx.x == 0:
+        words[unsafe_offset=LIST_LEN] = 0
+    barrier()
+
+    def body(i: Int, logits: SIMD[F32, VEC]) {imm}:
+        var keys = _key(logits)
+        comptime for lane in range(VEC):
+            if keys[lane] > last_key:
+                var place = Int(_fetch_add(words, LIST_LEN, 1))
+                words[unsafe_offset=LIST_KEYS + place] = keys[lane]
+                words[unsafe_offset=LIST_IDS + place] = UInt32(i + lane)
+
+    _each[ALIGN](x, v, body)
+    barrier()
+    var token = -1
+    for place in range(Int(words[unsafe_offset=LIST_LEN]), n):
+        token = _next_of[ALIGN](words, x, v, last_key, token)
+        if thread_idx.x == 0:
+            words[unsafe_offset=LIST_KEYS + place] = last_key
+            words[unsafe_offset=LIST_IDS + place] = UInt32(token)
+    barrier()
