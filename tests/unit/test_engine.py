@@ -117,6 +117,7 @@ def test_stop_string_across_tokens_cuts_the_text_and_frees_the_pages():
     assert output.text == "alpha bet"
     assert output.outputs[0].finish_reason == "stop"
     assert output.outputs[0].stop_reason == "a g"
+    assert len(output.outputs[0].token_ids) < len(tokenizer().encode(text)), "it went on after the stop string"
     kept = generate(make_engine(saying(text)), [5], greedy(stop="a g", include_stop_str_in_output=True))
     assert kept.text == "alpha beta g"
 
@@ -138,6 +139,12 @@ def test_min_tokens_holds_back_eos():
     output = generate(make_engine(saying("a")), [5], greedy(min_tokens=6, max_tokens=6))
     assert len(output.outputs[0].token_ids) == 6
     assert EOS not in output.outputs[0].token_ids
+
+
+def test_min_tokens_lets_eos_through_afterwards():
+    output = generate(make_engine(FakeRunner(next_token=lambda ids: EOS)), [5], greedy(min_tokens=2, max_tokens=9))
+    assert len(output.outputs[0].token_ids) == 3
+    assert output.outputs[0].finish_reason == "stop"
 
 
 def test_bad_words_never_come():
@@ -235,7 +242,10 @@ def test_completion_i_of_n_is_the_completion_of_seed_plus_i():
 
 
 def test_n_with_prompt_logprobs_scores_the_prompt_once():
-    output = generate(make_engine(), [1, 2, 3], SamplingParams(n=2, seed=1, prompt_logprobs=1, max_tokens=2))
+    runner = FakeRunner()
+    output = generate(make_engine(runner), [1, 2, 3], SamplingParams(n=2, seed=1, prompt_logprobs=1, max_tokens=2))
+    kinds = [kind for batch in runner.batches for _, kind, _ in batch.logit_owners]
+    assert kinds.count("prompt") == 2
     assert [entry is None for entry in output.prompt_logprobs] == [True, False, False]
 
 

@@ -73,6 +73,7 @@ def test_a_bad_prompt_in_a_list_leaves_the_engine_untouched(llm, runners):
     with pytest.raises(RequestError, match="2 entries for 1 prompts"):
         llm.generate(["a"], [SHORT, SHORT])
     assert runners[0].num_steps == 0
+    assert llm.get_metrics()["request_success_total"]["abort"] == 0, "no prompt was begun"
     check_idle(llm)
     assert llm.generate([1], SHORT, use_tqdm=False)
 
@@ -144,6 +145,14 @@ def test_chat_renders_the_template(llm):
     assert output.prompt_token_ids == llm.get_tokenizer().apply_chat_template(messages)
     (quiet,) = llm.chat(messages, SHORT, False, chat_template_kwargs={"enable_thinking": False})
     assert quiet.prompt.endswith("<think>\n\n</think>\n\n")
+
+
+def test_chat_leaves_special_tokens_to_the_template(llm, monkeypatch):
+    seen = []
+    encode = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda *args, **kw: seen.append(kw) or encode(*args, **kw))
+    llm.chat([{"role": "user", "content": "Hi"}], SHORT, use_tqdm=False)
+    assert seen == [{"add_special_tokens": False}]
 
 
 def test_chat_takes_several_conversations(llm):
