@@ -63,7 +63,7 @@ def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def derived_seed(seed: int, index: int) -> int:
-    """The `index`-th of 2**64 seeds that look unrelated, for requests that name none (SplitMix64, Steele et al. 2014)."""
+    """The `index`-th of 2**64 seeds that look unrelated, for requests without one (SplitMix64, Steele 2014)."""
     mask = 2**64 - 1
     value = (seed + (index + 1) * 0x9E3779B97F4A7C15) & mask
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
