@@ -1,0 +1,140 @@
+"""GPU path of `mili.linear`: chooses by shape among three kernels.
+
+Few rows (up to 8, or 16 with a small weight): `_linear_skinny_gpu` streams the weight into tensor-core fragments.
+More rows: TMA and wgmma, `_linear_wgmma_gpu`.
+float32, and K no multiple of 8 (the copy engine wants 16-byte rows): the tiled kernel below, for correctness only.
+
+Every kernel adds in a fixed order, so results repeat bit for bit. Which kernel runs depends on M, so a row may differ
+in its last bit between batches of different size; up to 8 rows it does not. The first two fetch w before the kernel
+ahead has finished (programmatic dependent launch), so a kernel launched just ahead must not write w. Nothing waits on
+the host: a device graph may capture it.
+"""
+
+from ._linear_skinny_gpu import MAX_WARPS, linear_skinny
+from ._linear_wgmma_gpu import MAX_STAGES, linear_wgmma
+from ._prelude import *
+
+comptime RING_BYTES = 220_000  # shared memory of a multiprocessor that the rings of its blocks may take
+comptime STREAM = 90_000_000  # elements of w from which on the copy engine streams it faster than warps do
+
+
+def _simt_kernel[
+    dtype: DType, out_dtype: DType, has_bias: Bool
+](y: Ptr[out_dtype], x: Ptr[dtype], w: Ptr[dtype], bias: Ptr[dtype], m32: Int32, n32: Int32, k32: Int32):
+    """64x64 tiles of y, 256 threads with 4x4 sums each, 16 values of k staged in shared memory at a time."""
+    comptime T = 64
+    comptime KT = 16
+    var xs = unsafe_stack_allocation[KT * (T + 1), Float32, address_space=AddressSpace.SHARED]()
+    var ws = unsafe_stack_allocation[KT * (T + 1), Float32, address_space=AddressSpace.SHARED]()
+    var M = Int(m32)
+    var N = Int(n32)
+    var K = Int(k32)
+    var n0 = block_idx.x * T
+    var m0 = block_idx.y * T
+    var tx = thread_idx.x % 16
+    var ty = thread_idx.x // 16
+    var acc = Array[SIMD[F32, 4], 4](fill=0)
+    for k0 in range(0, K, KT):
+        comptime for r in range(4):
+            var i = thread_idx.x + r * 256
+            var row = i // KT
+            var kk = i % KT
+            var inside = k0 + kk < K
+            xs[unsafe_offset=kk * (T + 1) + row] = (
+                x[unsafe_offset=(m0 + row) * K + k0 + kk].cast[F32]() if inside and m0 + row < M else 0
+            )
+            ws[unsafe_offset=kk * (T + 1) + row] = (
+                w[unsafe_offset=(n0 + row) * K + k0 + kk].cast[F32]() if inside and n0 + row < N else 0
+            )
+        barrier()
+        comptime for kk in range(KT):
+            var b = SIMD[F32, 4](0)
+            comptime for j in range(4):
+                b[j] = ws[unsafe_offset=kk * (T + 1) + tx + j * 16]
+            comptime for i in range(4):
+                acc[i] = b.fma(SIMD[F32, 4](xs[unsafe_offset=kk * (T + 1) + ty + i * 16]), acc[i])
+        barrier()
+    comptime for i in range(4):
+        comptime for j in range(4):
+            var token = m0 + ty + i * 16
+            var output = n0 + tx + j * 16
+            if token < M and output < N:
+                var value = acc[i][j]
+                comptime if has_bias:
+                    value += bias[unsafe_offset=output].cast[F32]()
+                y[unsafe_offset=token * N + output] = value.cast[out_dtype]()
+
+
+def _linear_simt[
+    dtype: DType, out_dtype: DType, has_bias: Bool
+](y: Ptr[out_dtype], x: Ptr[dtype], w: Ptr[dtype], bias: Ptr[dtype], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
+    comptime kernel = _simt_kernel[dtype, out_dtype, has_bias]
+    ctx.enqueue_function[kernel](
+        y, x, w, bias, Int32(m), Int32(n), Int32(k), grid_dim=(ceildiv(n, 64), ceildiv(m, 64)), block_dim=256
+    )
+
+
+@always_inline
+def _few_tokens[
+    out_dtype: DType, has_bias: Bool, COLUMNS: Int
+](y: Ptr[out_dtype], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
+    """Tiles of 64 outputs by COLUMNS tokens; splits k when the tiles leave most multiprocessors idle."""
+    comptime SMS = ctx.default_device_info.sm_count
+    comptime STAGE = (64 + COLUMNS) * 128
+    var tiles = ceildiv(n, 64) * ceildiv(m, COLUMNS)
+    var k_tiles = ceildiv(k, 64)
+    var split = 1
+    while split < 4 and 2 * split * tiles <= SMS and k_tiles >= max(32, 16 * split):
+        split *= 2
+    # One block a multiprocessor gets a ring as deep as fits; otherwise up to three share its memory.
+    var blocks = min(ceildiv(tiles * split, SMS), 3)
+    var stages = min(max(RING_BYTES // blocks // STAGE, 4), MAX_STAGES, ceildiv(k_tiles, split))
+    linear_wgmma[out_dtype, has_bias, True, 1, COLUMNS](y, x, w, bias, m, n, k, split, stages, tiles, ctx)
+
+
+def _linear_bf16[
+    out_dtype: DType, has_bias: Bool
+](y: Ptr[out_dtype], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
+    """Chooses kernel, tile and split; the thresholds are measurements on an H200 (N, K of Qwen3 0.6B and 8B)."""
+    comptime SMS = ctx.default_device_info.sm_count
+    if m <= 8 and n * k < STREAM:
+        var warps = ceildiv(k, 256)
+        linear_skinny[out_dtype, has_bias, 1, 2, 8](y, x, w, bias, m, n, k, warps if warps <= 12 else 8, ctx)
+        return
+    if m <= 16 and n * k < 5_000_000:
+        linear_skinny[out_dtype, has_bias, 2, 2, 4](y, x, w, bias, m, n, k, min(ceildiv(k, 128), MAX_WARPS), ctx)
+        return
+    if m <= 16:
+        _few_tokens[out_dtype, has_bias, 16](y, x, w, bias, m, n, k, ctx)
+    elif m <= 32:
+        _few_tokens[out_dtype, has_bias, 32](y, x, w, bias, m, n, k, ctx)
+    elif m <= 64:
+        _few_tokens[out_dtype, has_bias, 64](y, x, w, bias, m, n, k, ctx)
+    else:
+        var tiles = ceildiv(m, 128) * ceildiv(n, 128)
+        if tiles < 64 or (m <= 128 and ceildiv(n, 64) <= SMS):
+            _few_tokens[out_dtype, has_bias, 128](y, x, w, bias, m, n, k, ctx)
+            return
+        # Nanoseconds of a wave: a step of 64 in k, and what a tile costs besides.
+        var k_tiles = ceildiv(k, 64)
+        var wide = ceildiv(ceildiv(m, 128) * ceildiv(n, 256), SMS) * (k_tiles * 700 + 2400)
+        var square = ceildiv(tiles, SMS) * (k_tiles * 370 + 1400)
+        if wide < square:
+            linear_wgmma[out_dtype, has_bias, False, 2, 256](y, x, w, bias, m, n, k, 1, 4, SMS, ctx)
+        else:
+            var split = 2 if 2 * tiles <= SMS and k_tiles >= 32 else 1
+            linear_wgmma[out_dtype, has_bias, False, 2, 128](y, x, w, bias, m, n, k, split, 6, SMS, ctx)
+
+
+def linear_gpu[
+    dtype: DType, out_dtype: DType, has_bias: Bool
+](y: Ptr[out_dtype], x: Ptr[dtype], w: Ptr[dtype], bias: Ptr[dtype], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
+    """Enqueues y[m, n] = x[m, k] w[n, k]^T (+ bias[n]); x and w are 16-byte aligned, bias unread without has_bias."""
+    if m == 0 or n == 0:
+        return
+    comptime if dtype == BF16:
+        if k % 8 == 0:
+            comptime P = Ptr[BF16]
+            _linear_bf16[out_dtype, has_bias](y, rebind[P](x), rebind[P](w), rebind[P](bias), m, n, k, ctx)
+            return
+    _linear_simt[dtype, out_dtype, has_bias](y, x, w, bias, m, n, k, ctx)

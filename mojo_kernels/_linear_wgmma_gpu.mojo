@@ -1,0 +1,250 @@
+"""Tensor-core path of `mili.linear` for Hopper: TMA copies into a ring of shared-memory stages, wgmma out of it.
+
+One warp issues the copies (producer), one or two warpgroups multiply (consumers); two mbarriers a stage say full and
+empty. Operand A supplies the 64 rows a wgmma takes per warpgroup, operand B its 16 to 256 columns. With many tokens A
+is x and B is w; with few tokens they swap, so that only the tokens are padded. Rows, columns and k past the end are
+zero-filled by the copy engine and guarded at the store. When tiles are fewer than multiprocessors, the blocks of a
+cluster split k: each leaves its partial tile in its own shared memory and sums a share of all of them over
+distributed shared memory, in rank order: results repeat bit for bit.
+"""
+
+from ._linear_wgmma_store_gpu import PAD, store_partial, store_rows, store_swapped, sum_ranks
+from ._prelude import *
+from layout import TileTensor, row_major, stack_allocation
+from layout.coord import Coord, coord
+from layout.tensor_core_async import TensorCoreAsync, tile_layout_k_major_typed, warpgroup_fence
+from layout.tma_async import SharedMemBarrier, TMATensorTile, create_tensor_tile
+from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, cluster_sync, grid_dim
+from max.gpu.host import Dim, FuncAttribute
+from max.gpu.host.nvidia.tma import TensorMapSwizzle
+from max.gpu.intrinsics import warpgroup_reg_alloc, warpgroup_reg_dealloc
+from max.gpu.memory import external_memory, fence_mbarrier_init
+from max.gpu.primitives.grid_controls import PDLLevel, launch_dependent_grids
+from max.gpu.primitives.grid_controls import pdl_launch_attributes, wait_on_dependent_grids
+from max.gpu.sync import named_barrier
+from std.utils.index import Index
+from std.utils.static_tuple import StaticTuple
+
+comptime BK = 64  # 64 bfloat16 = 128 bytes = one row of the 128-byte swizzle atom
+comptime SW = TensorMapSwizzle.SWIZZLE_128B
+comptime TILE_GROUP = 8  # A tiles walked side by side, so that concurrent blocks share both operands in L2
+comptime MAX_STAGES = 16
+
+comptime _Tma[ROWS: Int] = TMATensorTile[BF16, coord[ROWS, BK], coord[ROWS, BK]]
+
+# Two warpgroups with 256 columns hold 128 sums a thread: a whole producer warpgroup gives its registers up for them.
+comptime _WIDE[GROUPS: Int, COLUMNS: Int] = GROUPS == 2 and COLUMNS == 256
+comptime _THREADS[GROUPS: Int, COLUMNS: Int] = 128 * GROUPS + (128 if _WIDE[GROUPS, COLUMNS] else 32)
+
+
+@__llvm_arg_metadata(a_tma, `nvvm.grid_constant`)
+@__llvm_arg_metadata(b_tma, `nvvm.grid_constant`)
+@__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(_THREADS[GROUPS, COLUMNS])))
+def _wgmma_kernel[
+    out_dtype: DType, has_bias: Bool, SWAP: Bool, GROUPS: Int, COLUMNS: Int
+](
+    a_tma: _Tma[64 * GROUPS],
+    b_tma: _Tma[COLUMNS],
+    y: Ptr[out_dtype],
+    bias: Ptr[BF16],
+    m32: Int32,
+    n32: Int32,
+    k32: Int32,
+    split32: Int32,
+    stages32: Int32,
+):
+    """Blocks walk over tiles of 64*GROUPS rows of A by COLUMNS of B; `split` blocks of a cluster share a tile's k."""
+    comptime ROWS = 64 * GROUPS
+    comptime TOKENS = COLUMNS if SWAP else ROWS
+    comptime OUTPUTS = ROWS if SWAP else COLUMNS
+    comptime A_ELEMS = ROWS * BK
+    comptime STAGE_ELEMS = (ROWS + COLUMNS) * BK
+    comptime A_LAYOUT = tile_layout_k_major_typed[BF16, ROWS, BK, SW]
+    comptime B_LAYOUT = tile_layout_k_major_typed[BF16, COLUMNS, BK, SW]
+    comptime GROUP_LAYOUT = tile_layout_k_major_typed[BF16, 64, BK, SW]
+    var smem = external_memory[Scalar[BF16], address_space=AddressSpace.SHARED, alignment=1024]()
+    var full = unsafe_stack_allocation[MAX_STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
+    var empty = unsafe_stack_allocation[MAX_STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
+    var M = Int(m32)
+    var N = Int(n32)
+    var split = Int(split32)
+    var stages = Int(stages32)
+    var rank = block_idx.x % split
+    var k_tiles = ceildiv(Int(k32), BK)
+    var k_first = k_tiles * rank // split
+    var k_count = k_tiles * (rank + 1) // split - k_first
+    var a_tiles = ceildiv(N if SWAP else M, ROWS)
+    var b_tiles = ceildiv(M if SWAP else N, COLUMNS)
+    var first = block_idx.x // split
+    var stride = grid_dim.x // split
+
+    if thread_idx.x == 0:
+        for s in range(stages):
+            full[unsafe_offset=s].init(1)
+            empty[unsafe_offset=s].init(Int32(GROUPS))
+        fence_mbarrier_init()
+    barrier()
+    launch_dependent_grids()
+
+    @always_inline
+    def origin(tile: Int) {imm} -> Tuple[Int, Int]:
+        # Groups of TILE_GROUP A tiles, A fastest inside a group.
+        var per_group = TILE_GROUP * b_tiles
+        var base = tile // per_group * TILE_GROUP
+        var width = min(TILE_GROUP, a_tiles - base)
+        var inside = tile % per_group
+        return (base + inside % width) * ROWS, inside // width * COLUMNS
+
+    if warp_id() >= 4 * GROUPS:
+        comptime if _WIDE[GROUPS, COLUMNS]:
+            warpgroup_reg_dealloc[24]()
+        if thread_idx.x == 128 * GROUPS:
+            a_tma.prefetch_descriptor()
+            b_tma.prefetch_descriptor()
+
+            @always_inline
+            def copy[a: Bool](slot: Int, k: Int, row: Int) {imm}:
+                var stage = smem.unsafe_offset(slot * STAGE_ELEMS)
+                comptime if a:
+                    a_tma.async_copy(TileTensor(stage, A_LAYOUT), full[unsafe_offset=slot], (k, row))
+                else:
+                    b_tma.async_copy(
+                        TileTensor(stage.unsafe_offset(A_ELEMS), B_LAYOUT), full[unsafe_offset=slot], (k, row)
+                    )
+
+            # w does not depend on the kernel ahead: its first stages are under way before that one ends.
+            var ahead = min(stages, k_count)
+            var start = origin(first)
+            for i in range(ahead):
+                full[unsafe_offset=i].expect_bytes(Int32(STAGE_ELEMS * 2))
+                copy[SWAP](i, (k_first + i) * BK, start[0] if SWAP else start[1])
+            wait_on_dependent_grids()
+            for i in range(ahead):
+                copy[not SWAP](i, (k_first + i) * BK, start[1] if SWAP else start[0])
+            var slot = ahead % stages
+            var turn = ahead // stages
+            var i = ahead
+            for tile in range(first, a_tiles * b_tiles, stride):
+                var at = origin(tile)
+                while i < k_count:
+                    if turn > 0:
+                        empty[unsafe_offset=slot].wait(UInt32((turn - 1) & 1))
+                    full[unsafe_offset=slot].expect_bytes(Int32(STAGE_ELEMS * 2))
+                    copy[True](slot, (k_first + i) * BK, at[0])
+                    copy[False](slot, (k_first + i) * BK, at[1])
+                    i += 1
+                    slot += 1
+                    if slot == stages:
+                        slot = 0
+                        turn += 1
+                i = 0
+        if split > 1:
+            cluster_sync()
+            cluster_sync()
+    else:
+        comptime if _WIDE[GROUPS, COLUMNS]:
+            warpgroup_reg_alloc[240]()
+        var op = TensorCoreAsync[
+            DType.float32, BF16, BF16, Index(64, COLUMNS, 16), a_swizzle=SW, b_swizzle=SW, transpose_b=True
+        ]()
+        var acc = stack_allocation[DType.float32, address_space=AddressSpace.LOCAL](row_major[1, COLUMNS // 2]())
+        var group = warp_id() // 4
+        # Row of A and column of B (within the tile) of this thread's first accumulator.
+        var row = warp_id() * 16 + lane_id() // 4
+        var column = (lane_id() % 4) * 2
+        var slot = 0
+        var phase = UInt32(0)
+        for tile in range(first, a_tiles * b_tiles, stride):
+            _ = acc.fill(0.0)
+            var before = 0
+            for i in range(k_count):
+                full[unsafe_offset=slot].wait(phase)
+                var stage = smem.unsafe_offset(slot * STAGE_ELEMS)
+                warpgroup_fence(acc)
+                op.arrive()
+                op.wgmma(
+                    TileTensor(stage.unsafe_offset(group * (64 * BK)), GROUP_LAYOUT),
+                    TileTensor(stage.unsafe_offset(A_ELEMS), B_LAYOUT),
+                    acc,
+                )
+                op.commit_group()
+                warpgroup_fence(acc)
+                # One step stays in flight; the stage of the step before it has been read.
+                op.wait_group[1]()
+                if thread_idx.x % 128 == 0 and i > 0:
+                    _ = empty[unsafe_offset=before].arrive()
+                before = slot
+                slot += 1
+                if slot == stages:
+                    slot = 0
+                    phase ^= 1
+            op.wait_group()
+            warpgroup_fence(acc)
+            if thread_idx.x % 128 == 0 and k_count > 0:
+                _ = empty[unsafe_offset=before].arrive()
+            var at = origin(tile)
+            if split > 1:
+                # All copies have landed and been read: the ring becomes the partial tile [TOKENS, OUTPUTS + PAD].
+                named_barrier[Int32(128 * GROUPS)](1)
+                var part = smem.unsafe_bitcast[Float32]()
+                store_partial[SWAP, COLUMNS, OUTPUTS](part, acc, row, column)
+                cluster_sync()
+                var token_base = at[1 if SWAP else 0]
+                var output_base = at[0 if SWAP else 1]
+                var tokens = min(TOKENS, M - token_base)
+                comptime for log in range(1, 4):
+                    if split == 1 << log:
+                        sum_ranks[out_dtype, has_bias, 1 << log, OUTPUTS, 128 * GROUPS](
+                            y, bias, UInt32(Int(smem)), rank, tokens, token_base, output_base, N
+                        )
+                cluster_sync()
+            elif SWAP:
+                store_swapped[out_dtype, has_bias, COLUMNS](y, bias, acc, row, column, at[1], at[0], M, N)
+            else:
+                store_rows[out_dtype, has_bias, COLUMNS](y, bias, acc, row, column, at[0], at[1], M, N)
+
+
+def linear_wgmma[
+    out_dtype: DType, has_bias: Bool, SWAP: Bool, GROUPS: Int, COLUMNS: Int
+](
+    y: Ptr[out_dtype],
+    x: Ptr[BF16],
+    w: Ptr[BF16],
+    bias: Ptr[BF16],
+    m: Int,
+    n: Int,
+    k: Int,
+    split: Int,
+    stages: Int,
+    max_blocks: Int,
+    ctx: DeviceContext,
+) raises:
+    """Launches at most `max_blocks` blocks, or with `split` 2, 4 or 8 a cluster of that many blocks per tile."""
+    comptime ROWS = 64 * GROUPS
+    var part = (COLUMNS * (ROWS + PAD) if SWAP else ROWS * (COLUMNS + PAD)) * 4 if split > 1 else 0
+    var smem = max(stages * (ROWS + COLUMNS) * BK * 2, part)
+    comptime kernel = _wgmma_kernel[out_dtype, has_bias, SWAP, GROUPS, COLUMNS]
+    var a_rows = n if SWAP else m
+    var b_rows = m if SWAP else n
+    var a = TileTensor(w if SWAP else x, row_major(Coord(a_rows, k)))
+    var b = TileTensor(x if SWAP else w, row_major(Coord(b_rows, k)))
+    var a_tma = create_tensor_tile[coord[ROWS, BK], swizzle_mode=SW](ctx, a)
+    var b_tma = create_tensor_tile[coord[COLUMNS, BK], swizzle_mode=SW](ctx, b)
+    var tiles = ceildiv(a_rows, ROWS) * ceildiv(b_rows, COLUMNS)
+    ctx.enqueue_function[kernel](
+        a_tma,
+        b_tma,
+        y,
+        bias,
+        Int32(m),
+        Int32(n),
+        Int32(k),
+        Int32(split),
+        Int32(stages),
+        grid_dim=tiles * split if split > 1 else min(tiles, max_blocks),
+        block_dim=_THREADS[GROUPS, COLUMNS],
+        cluster_dim=Dim(split),
+        shared_mem_bytes=smem,
+        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(UInt32(smem)),
+        attributes=pdl_launch_attributes(PDLLevel.ON),
+    )
