@@ -60,10 +60,12 @@ def _rank(x: Ptr[F32], v: Int, key: UInt32) -> Int:
 def _draw(x: Ptr[F32], v: Int, top: Float32, inverse: Float32, lowest: UInt32, min_p: Float32, random: UInt64) -> Int:
     """Inverse transform sampling in the order of token ids, over the masses that the filters keep."""
 
+    var least = min(max(min_p, Float32(0)), Float32(1))  # so that the likeliest token is kept whatever min_p is
+
     @always_inline
     def kept(logits: SIMD[F32, W]) {imm} -> SIMD[F32, W]:
         var e = _exp(_scaled(logits, top, inverse))
-        return (_key(logits).ge(lowest) & e.ge(min_p)).select(e, SIMD[F32, W](0))
+        return (_key(logits).ge(lowest) & e.ge(least)).select(e, SIMD[F32, W](0))
 
     var sums = List[UInt64](capacity=ceildiv(v, CHUNK))
     var total = UInt64(0)
@@ -151,7 +153,7 @@ def _choose(x: Ptr[F32], v: Int, floats: Ptr[F32], ints: Ptr[DType.int32]) -> In
     """The token that the row's parameters pick from the edited logits x."""
     var top_key = _top_key(x, v)
     var temperature = floats[unsafe_offset=0]
-    if temperature <= 0 or top_key == LOWEST_KEY:
+    if not temperature > 0 or top_key == LOWEST_KEY:
         return _first_of(x, v, top_key)
     var inverse = _reciprocal(temperature)
     var lowest = _filter(x, v, top_key, inverse, Int(ints[unsafe_offset=0]), floats[unsafe_offset=1])

@@ -59,10 +59,12 @@ def _draw[
     The warps sum a 32nd of the segment each, the one in which the random number falls is the next segment.
     """
 
+    var least = min(max(min_p, Float32(0)), Float32(1))  # so that the likeliest token is kept whatever min_p is
+
     @always_inline
     def kept(logits: SIMD[F32, VEC]) {imm} -> SIMD[F32, VEC]:
         var e = _exp(_scaled(logits, top, inverse))
-        return (_key(logits).ge(lowest) & e.ge(min_p)).select(e, SIMD[F32, VEC](0))
+        return (_key(logits).ge(lowest) & e.ge(least)).select(e, SIMD[F32, VEC](0))
 
     var start = 0
     var end = v
@@ -100,12 +102,11 @@ def _draw[
     var mass = (high.cast[U64]() << 20) + _mass_low(e, high).cast[U64]()
     if v <= VEC:
         rest = _multiply_high(random, mass.reduce_add())
-    var token = start
     comptime for lane in range(VEC - 1):
-        if token == start + lane and rest >= mass[lane]:
-            rest -= mass[lane]
-            token += 1
-    return token
+        if rest < mass[lane]:
+            return start + lane
+        rest -= mass[lane]
+    return start + VEC - 1
 
 
 def _choose[ALIGN: Int](words: Words, x: Ptr[F32], v: Int, floats: Ptr[F32], ints: Ptr[DType.int32]) -> Int:
@@ -113,7 +114,7 @@ def _choose[ALIGN: Int](words: Words, x: Ptr[F32], v: Int, floats: Ptr[F32], int
     var token = 0
     var top_key = _argmax[ALIGN](words, x, v, token)
     var temperature = floats[unsafe_offset=0]
-    if temperature <= 0 or top_key == LOWEST_KEY:
+    if not temperature > 0 or top_key == LOWEST_KEY:
         return token
     var inverse = _reciprocal(temperature)
     var lowest = _filter[ALIGN](words, x, v, top_key, inverse, Int(ints[unsafe_offset=0]), floats[unsafe_offset=1])
@@ -156,10 +157,8 @@ def _sample_kernel[
         x = scratch.unsafe_offset(r * v)
 
         def copy(i: Int, values: SIMD[F32, VEC]) {imm}:
-            if i + VEC <= v:
-                x.unsafe_store[alignment=ALIGN](i, values)
-            else:
-                for lane in range(v - i):
+            comptime for lane in range(VEC):
+                if i + lane < v:
                     x[unsafe_offset=i + lane] = values[lane]
 
         _each[ALIGN](raw, v, copy)

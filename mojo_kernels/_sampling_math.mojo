@@ -142,7 +142,7 @@ def _multiply_high(a: UInt64, b: UInt64) -> UInt64:
 @always_inline
 def _top_p_goal(total: UInt64, top_p: Float32) -> UInt64:
     """The mass that the most likely tokens must reach: top_p < 1 of the total, and never nothing."""
-    var fraction = (top_p * Float32(4294967296.0)).cast[U64]() << 32
+    var fraction = (max(top_p, Float32(0)) * Float32(4294967296.0)).cast[U64]() << 32
     return max(_multiply_high(total, fraction), 1)
 
 
