@@ -56,6 +56,7 @@ class Kernels:
 
     def __init__(self, dtype: str, instances: Iterable[tuple[str, Statics]], device: Device | None = None) -> None:
         """Compile, or find compiled, a graph of the (op name, static dims) in `instances`."""
+        self.dtype = dtype
         self.device = device or CPU()
         self.on_cpu = self.device.is_host
         self.instances = list(instances)
@@ -89,6 +90,10 @@ class Kernels:
             if port in CACHES:
                 outputs[port] = self._plain(port, self._download(arguments[start + i]))
         return outputs
+
+    def serves(self, name: str, shape: Statics) -> bool:
+        """Whether there is an instance of op `name` for the static dims in `shape`."""
+        return any(op == name and all(shape[k] == v for k, v in statics.items()) for op, statics in self.instances)
 
     def _index(self, name: str, shape: Statics) -> int:
         for i, (op, statics) in enumerate(self.instances):
@@ -187,7 +192,7 @@ def _ports(name: str, s: Statics, dtype: DType, on_cpu: bool) -> dict[str, Port]
         bias: dict[str, Port] = {"bias": (dtype, (s["N"],))} if s["bias"] else {}
         weight = tuple(linear_weight_shape(s["N"], s["K"], on_cpu))
         return {"x": (dtype, ("M", s["K"])), "weight": (dtype, weight), **bias}
-    k_shape, v_shape = kv_cache_shapes(LAYERS, "pages", s["Hkv"], "S", s["D"], on_cpu)
+    k_shape, v_shape = kv_cache_shapes(LAYERS, "pages", s["Hkv"], s.get("S", "S"), s["D"], on_cpu)
     cache: dict[str, Port] = {
         "k_cache": (dtype, tuple(k_shape)),
         "v_cache": (dtype, tuple(v_shape)),

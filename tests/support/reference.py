@@ -35,6 +35,7 @@ class Arithmetic:
     round: Callable[[Array], Array]
     store: Callable[[Array], Array]  # a rounding that belongs to what the kernel computes, hence in every arithmetic
     dot: Callable[[Array, Array], Array]  # [.., M, K], [.., N, K] -> [.., M, N], not yet rounded
+    sum: Callable[[Array], Array]  # [.., N] -> [.., 1], not yet rounded
 
     def __call__(self, values: Array) -> Array:
         return values.astype(self.hold)
@@ -42,6 +43,14 @@ class Arithmetic:
 
 def _exact_dot(a: Array, b: Array) -> Array:
     return a @ b.swapaxes(-1, -2)
+
+
+def _exact_sum(x: Array) -> Array:
+    return x.sum(axis=-1, keepdims=True)
+
+
+def _sequential_sum(x: Array) -> Array:
+    return np.cumsum(x, axis=-1, dtype=np.float32)[..., -1:]
 
 
 def _sequential_dot(a: Array, b: Array) -> Array:
@@ -57,18 +66,22 @@ def _sequential_dot(a: Array, b: Array) -> Array:
 
 def exact(dtype: str) -> Arithmetic:
     """float64; only `store` knows `dtype`."""
-    return Arithmetic(np.float64, lambda x: x, lambda x: round_to(dtype, x).astype(np.float64), _exact_dot)
+    return Arithmetic(np.float64, lambda x: x, lambda x: round_to(dtype, x).astype(np.float64), _exact_dot, _exact_sum)
 
 
 def naive(dtype: str) -> Arithmetic:
-    """The arithmetic of plain same-dtype code: sums of products in float32, each step's result rounded to `dtype`."""
-    return Arithmetic(np.float32, lambda x: round_to(dtype, x), lambda x: round_to(dtype, x), _sequential_dot)
+    """Plain same-dtype code: sums in float32, term after term, each step's result rounded to `dtype`."""
+
+    def rounded(x: Array) -> Array:
+        return round_to(dtype, x)
+
+    return Arithmetic(np.float32, rounded, rounded, _sequential_dot, _sequential_sum)
 
 
 def rms_norm(a: Arithmetic, x: Array, weight: Array, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; the division in float32, as transformers does it."""
     x = a(x)
-    mean = (x * x).mean(axis=-1, keepdims=True, dtype=a.hold)
+    mean = a.sum(x * x) / a.hold(x.shape[-1])
     return a.round(a.round(x / np.sqrt(mean + a.hold(eps))) * a(weight))
 
 
@@ -91,7 +104,7 @@ def rope(a: Arithmetic, x: Array, angles: Array) -> Array:
 def softmax(a: Arithmetic, scores: Array) -> Array:
     """Over the last axis; in float32 and rounded once, as transformers does it."""
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return a.round(weights / weights.sum(axis=-1, keepdims=True, dtype=a.hold))
+    return a.round(weights / a.sum(weights))
 
 
 def gather(cache: Array, pages: Array, length: int) -> Array:
