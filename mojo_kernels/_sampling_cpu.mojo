@@ -59,7 +59,6 @@ def _rank(x: Ptr[F32], v: Int, key: UInt32) -> Int:
 
 def _draw(x: Ptr[F32], v: Int, top: Float32, inverse: Float32, lowest: UInt32, min_p: Float32, random: UInt64) -> Int:
     """Inverse transform sampling in the order of token ids, over the masses that the filters keep."""
-
     var least = min(max(min_p, Float32(0)), Float32(1))  # so that the likeliest token is kept whatever min_p is
 
     @always_inline

@@ -58,7 +58,6 @@ def _draw[
 
     The warps sum a 32nd of the segment each, the one in which the random number falls is the next segment.
     """
-
     var least = min(max(min_p, Float32(0)), Float32(1))  # so that the likeliest token is kept whatever min_p is
 
     @always_inline

@@ -114,7 +114,7 @@ def test_a_uniform_draw_is_the_generators_upper_bits(sampler: Sampler) -> None:
 
 # --- draws ---------------------------------------------------------------------------------------------------------
 
-FILTERS = [
+FILTERS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
     {"temperature": 1.7, "top_p": 0.5},
@@ -150,7 +150,7 @@ def test_draws_invert_the_float64_distribution(sampler: Sampler, vocab: int) -> 
     rows = [row(seed=seed, **params) for _, params, seed in cases]
     got = sampler.rows(logits[[i for i, _, _ in cases]], rows).token_ids
     for token, (i, params, seed) in zip(got.tolist(), cases, strict=True):
-        filters = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, **params}
+        filters: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, **params}
         # Scaling rounds to float32 before exp: an error of y * 2^-24 in y, so that much, relative, in each mass.
         spread = abs(float(logits[i].max() - logits[i].min())) / filters["temperature"]
         slack = 1e-6 + 2e-7 * min(spread, 30)
