@@ -1,0 +1,59 @@
+"""The whole step compiles for a GPU where there is none: the GPU path of every kernel is instantiated and assembled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from support.checkpoints import write_checkpoint
+
+EM_CUDA = 190  # ELF machine number of device code
+NUM_OPS = 8  # embedding, two norms, linear, store, attention, silu, sample: each launches one kernel or more
+
+# In a process of its own: a virtual device is declared before MAX first looks for a real one, and does not go away.
+COMPILE = """
+import os, sys
+from pathlib import Path
+from max import driver
+
+driver.set_virtual_device_count(1)
+driver.set_virtual_device_api("cuda")
+driver.set_virtual_device_target_arch("sm_90a")
+
+from max.driver import Accelerator
+from max.engine import InferenceSession
+from mili.compiler import Target, artefact_path, compiled_step
+from mili.config import ModelConfig
+
+config, target = ModelConfig.from_pretrained(sys.argv[1]), Target("gpu", "sm_90a")
+compiled_step(InferenceSession(devices=[Accelerator()]), config, "bfloat16", 16, target)
+print(artefact_path(config, "bfloat16", 16, target), flush=True)
+os._exit(0)  # a virtual device's teardown is not of interest
+"""
+
+
+def device_images(artefact: bytes) -> list[bytes]:
+    """The ELF images of GPU code inside a compiled graph, each from its header on."""
+    images, at = [], artefact.find(b"\x7fELF")
+    while at >= 0:
+        if int.from_bytes(artefact[at + 18 : at + 20], "little") == EM_CUDA:
+            images.append(artefact[at:])
+        at = artefact.find(b"\x7fELF", at + 4)
+    return images
+
+
+def test_the_step_compiles_for_a_hopper_gpu(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model")
+    command = [sys.executable, "-c", COMPILE, str(tmp_path / "model")]
+    environment = {**os.environ, "MILI_CACHE_DIR": str(tmp_path / "cache"), "MODULAR_TELEMETRY_ENABLED": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    artefact = Path(done.stdout.strip().splitlines()[-1])
+    assert len(device_images(artefact.read_bytes())) >= NUM_OPS, "fewer GPU kernels than ops that have one"
+
+
+def test_device_images_are_told_from_host_code() -> None:
+    host = b"\x7fELF" + bytes(14) + (62).to_bytes(2, "little") + bytes(8)
+    cuda = b"\x7fELF" + bytes(14) + EM_CUDA.to_bytes(2, "little") + bytes(8)
+    assert device_images(host + b"padding" + host) == []
+    assert device_images(b"x" + host + cuda + b"y") == [cuda + b"y"]
