@@ -63,26 +63,34 @@ def _step[dtype: DType, ROWS: Int](
 
 
 @always_inline
-def _tile[dtype: DType, out_dtype: DType, ROWS: Int, has_bias: Bool](
-    y: Ptr[out_dtype], x: Ptr[dtype], panel: Ptr[dtype], bias: Ptr[dtype], columns: Int, n: Int, k: Int
-):
-    """Computes ROWS rows by `columns` <= 32 columns; y, x and bias point at the tile's first element."""
-    var acc = Array[SIMD[F32, WIDTH], ROWS * VECS](fill=0)
-    for step in range(k // 2 if dtype == BF16 else k):
-        _step[dtype, ROWS](acc, x, panel, k, step)
-    comptime for r in range(ROWS):
-        comptime for v in range(VECS):
-            var value = acc[r * VECS + v]
-            if columns == PANEL:
+def _tiles[dtype: DType, out_dtype: DType, ROWS: Int, has_bias: Bool](
+    y: Ptr[out_dtype], stride: Int, x: Ptr[dtype], panel: Ptr[dtype], bias: Ptr[F32], row: Int, m: Int, k: Int
+) -> Int:
+    """Computes rows [row, m) of one panel's 32 columns in tiles of ROWS while they fit; returns the first row left."""
+    var first = row
+    while first + ROWS <= m:
+        var acc = Array[SIMD[F32, WIDTH], ROWS * VECS](fill=0)
+        for step in range(k // 2 if dtype == BF16 else k):
+            _step[dtype, ROWS](acc, x.unsafe_offset(first * k), panel, k, step)
+        comptime for r in range(ROWS):
+            comptime for v in range(VECS):
+                var value = acc[r * VECS + v]
                 comptime if has_bias:
-                    value += bias.unsafe_load[width=WIDTH](v * WIDTH).cast[F32]()
-                y.unsafe_store(r * n + v * WIDTH, value.cast[out_dtype]())
-            else:
-                for i in range(min(max(columns - v * WIDTH, 0), WIDTH)):
-                    var one = value[i]
-                    comptime if has_bias:
-                        one += bias[unsafe_offset=v * WIDTH + i].cast[F32]()
-                    y[unsafe_offset=r * n + v * WIDTH + i] = one.cast[out_dtype]()
+                    value += bias.unsafe_load[width=WIDTH](v * WIDTH)
+                y.unsafe_store((first + r) * stride + v * WIDTH, value.cast[out_dtype]())
+        first += ROWS
+    return first
+
+
+def _panel[dtype: DType, out_dtype: DType, has_bias: Bool](
+    y: Ptr[out_dtype], stride: Int, x: Ptr[dtype], panel: Ptr[dtype], bias: Ptr[F32], m: Int, k: Int
+):
+    """Computes one panel's 32 columns for all rows: full tiles, then halves for what is left (few heights, little code)."""
+    var row = _tiles[dtype, out_dtype, MAX_ROWS, has_bias](y, stride, x, panel, bias, 0, m, k)
+    comptime for halving in range(4):
+        comptime ROWS = 8 >> halving
+        comptime if ROWS < MAX_ROWS:
+            row = _tiles[dtype, out_dtype, ROWS, has_bias](y, stride, x, panel, bias, row, m, k)
 
 
 def linear_cpu[dtype: DType, out_dtype: DType, has_bias: Bool](
@@ -95,19 +103,22 @@ def linear_cpu[dtype: DType, out_dtype: DType, has_bias: Bool](
     def task(p: Int) {var}:
         var panel = w.unsafe_offset(p * PANEL * k)
         var columns = min(PANEL, n - p * PANEL)
-        var yp = y.unsafe_offset(p * PANEL)
-        var bp = bias.unsafe_offset(p * PANEL) if has_bias else bias
-        var row = 0
-        while row + MAX_ROWS <= m:
-            _tile[dtype, out_dtype, MAX_ROWS, has_bias](
-                yp.unsafe_offset(row * n), x.unsafe_offset(row * k), panel, bp, columns, n, k
-            )
-            row += MAX_ROWS
-        comptime for rows in range(1, MAX_ROWS):
-            if m - row == rows:
-                _tile[dtype, out_dtype, rows, has_bias](
-                    yp.unsafe_offset(row * n), x.unsafe_offset(row * k), panel, bp, columns, n, k
-                )
+        var bias32 = Array[Float32, PANEL](fill=0)
+        var bp = rebind[Ptr[F32]](bias32.unsafe_ptr())
+        comptime if has_bias:
+            for i in range(columns):
+                bp[unsafe_offset=i] = bias[unsafe_offset=p * PANEL + i].cast[F32]()
+        if columns == PANEL:
+            _panel[dtype, out_dtype, has_bias](y.unsafe_offset(p * PANEL), n, x, panel, bp, m, k)
+            return
+        # The last panel may be wider than what is left of y: compute whole rows aside, then copy.
+        var whole = List[Scalar[out_dtype]](unsafe_uninit_length=m * PANEL)
+        var rows = rebind[Ptr[out_dtype]](whole.unsafe_ptr())
+        _panel[dtype, out_dtype, has_bias](rows, PANEL, x, panel, bp, m, k)
+        for r in range(m):
+            for i in range(columns):
+                y[unsafe_offset=r * n + p * PANEL + i] = rows[unsafe_offset=r * PANEL + i]
+        _ = whole^
 
     # A chunk of panels is one contiguous stretch of the weight, read once however many rows there are.
     for_each(task, panels, n * k * size_of[dtype]() * ceildiv(m, 4))
