@@ -95,7 +95,7 @@ def test_streamed(dtype: str, params: SamplingParams, alone: list) -> None:
 
 def test_repeated_completions_share_the_prompt(dtype: str, params: SamplingParams, alone: list) -> None:
     if params.temperature == 0:
-        with pytest.raises(ValueError, match="n must be 1"):
+        with pytest.raises(ValueError, match="must be 1 when temperature is 0"):
             SamplingParams(temperature=0, n=3)
         return
     several = SamplingParams(**{**_fields(params), "n": 3})
