@@ -1,5 +1,6 @@
 """The compiled kernels: one graph for each dtype and device, built when a test first asks for it."""
 
+import platform
 from collections.abc import Callable
 from functools import cache
 
@@ -9,37 +10,38 @@ from max import driver
 from kernels.specs import DTYPES, instances
 from support.kernels import Kernels
 
-DEVICES = [pytest.param("cpu"), pytest.param("gpu", marks=pytest.mark.gpu)]
+Build = Callable[[tuple[str, str]], Kernels]
+
+# "avx2" is a CPU without AVX-512: narrower vectors, other tiles, no bfloat16 dot product.
+CPUS = [pytest.param(pair, id="-".join(pair)) for pair in (*(("cpu", d) for d in DTYPES), ("avx2", "bfloat16"))]
+GPUS = [pytest.param(("gpu", d), id=f"gpu-{d}", marks=pytest.mark.gpu) for d in DTYPES]
 
 
 @pytest.fixture(scope="session")
-def compiled() -> Callable[[str, str], Kernels]:
+def compiled() -> Build:
     """(device, dtype) -> all instances of `kernels.specs`; those of a GPU know one page size only."""
 
     @cache
-    def build(device: str, dtype: str) -> Kernels:
-        if device == "cpu":
-            return Kernels(dtype, instances())
-        return Kernels(dtype, instances(page_size=16), driver.Accelerator())
+    def build(pair: tuple[str, str]) -> Kernels:
+        device, dtype = pair
+        if device == "gpu":
+            if driver.accelerator_count() == 0:
+                pytest.skip("needs a GPU")
+            return Kernels(dtype, instances(page_size=16), driver.Accelerator())
+        if device == "avx2" and platform.machine() != "x86_64":
+            pytest.skip("needs an x86-64 CPU")
+        return Kernels(dtype, instances(), cpu_target="x86-64-v3" if device == "avx2" else None)
 
     return build
 
 
-@pytest.fixture(scope="session", params=DTYPES)
-def cpu_kernels(request: pytest.FixtureRequest, compiled: Callable[[str, str], Kernels]) -> Kernels:
+@pytest.fixture(scope="session", params=CPUS)
+def cpu_kernels(request: pytest.FixtureRequest, compiled: Build) -> Kernels:
     """The kernels on the CPU, where results are promised to the bit."""
-    return compiled("cpu", request.param)
+    return compiled(request.param)
 
 
-@pytest.fixture(scope="session", params=DTYPES)
-def kernels(device: str, request: pytest.FixtureRequest, compiled: Callable[[str, str], Kernels]) -> Kernels:
+@pytest.fixture(scope="session", params=[*CPUS, *GPUS])
+def kernels(request: pytest.FixtureRequest, compiled: Build) -> Kernels:
     """The kernels on every device there is."""
-    return compiled(device, request.param)
-
-
-@pytest.fixture(scope="session", params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """The CPU, and the GPU where there is one."""
-    if request.param == "gpu" and driver.accelerator_count() == 0:
-        pytest.skip("needs a GPU")
-    return request.param
+    return compiled(request.param)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from max import driver
 from max.driver import CPU, Buffer, Device
 from max.dtype import DType
 from max.engine import InferenceSession
@@ -54,8 +55,17 @@ OUTPUTS = {
 class Kernels:
     """The compiled instances of one dtype on one device."""
 
-    def __init__(self, dtype: str, instances: Iterable[tuple[str, Statics]], device: Device | None = None) -> None:
-        """Compile, or find compiled, a graph of the (op name, static dims) in `instances`."""
+    def __init__(
+        self,
+        dtype: str,
+        instances: Iterable[tuple[str, Statics]],
+        device: Device | None = None,
+        cpu_target: str | None = None,
+    ) -> None:
+        """Compile, or find compiled, a graph of the (op name, static dims) in `instances`.
+
+        `cpu_target` names an instruction set such as "x86-64-v3" to compile the host's code for; by default the host's.
+        """
         self.dtype = dtype
         self.device = device or CPU()
         self.on_cpu = self.device.is_host
@@ -63,7 +73,7 @@ class Kernels:
         self._dtype = DType[dtype]
         self._ports = [_ports(name, s, self._dtype, self.on_cpu) for name, s in self.instances]
         session = InferenceSession(devices=[self.device])
-        self._model = session.init(self._compiled(session))
+        self._model = session.init(self._compiled(session, cpu_target or driver.get_virtual_cpu_target()))
         self._idle = [[self._upload(*_no_rows(*item)) for item in ports.items()] for ports in self._ports]
 
     def prepare(self, name: str, shape: Statics, inputs: Arrays) -> list[Any]:
@@ -154,8 +164,8 @@ class Kernels:
             graph.output(*results)
         return graph
 
-    def _compiled(self, session: InferenceSession) -> CompiledModel:
-        facts = (version("max"), Target.of(self.device), self._dtype, self.instances)
+    def _compiled(self, session: InferenceSession, cpu_target: str) -> CompiledModel:
+        facts = (version("max"), Target.of(self.device), cpu_target, self.dtype, self.instances)
         digest = hashlib.sha256(repr(facts).encode())
         wrappers = Path(ops.__file__).parent.glob("*.py")
         for file in sorted([*_call.kernels_path().glob("*.mojo"), *wrappers, Path(__file__)], key=lambda f: f.name):
@@ -163,7 +173,12 @@ class Kernels:
         path = cache_folder() / f"kernels-{digest.hexdigest()[:32]}.mef"
         if path.is_file():
             return read(path)
-        compiled = session.compile(self._graph())
+        before = driver.get_virtual_cpu_target()
+        driver.set_virtual_cpu_target(cpu_target)
+        try:
+            compiled = session.compile(self._graph())
+        finally:
+            driver.set_virtual_cpu_target(before)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # a reader never sees half a file
             compiled.export_mef(f"{folder}/{path.name}")
