@@ -84,6 +84,10 @@ class Kernels:
         ]
         return [argument for i, idle in enumerate(self._idle) for argument in (used if i == at else idle)]
 
+    def idle(self) -> list[Any]:
+        """The arguments of a call that does no work at all: what a call costs by itself."""
+        return [argument for arguments in self._idle for argument in arguments]
+
     def execute(self, arguments: list[Any]) -> list[Buffer]:
         """One call: every output of every instance."""
         return self._model.execute(*arguments)
