@@ -10,7 +10,8 @@ The code is written into the chapter, so that a plain Git host shows it.
     python docs/include.py           # bring every chapter up to date
     python docs/include.py --check   # change nothing; exit 1 and name the chapters that are not
 
-Knows Markdown and marker comments, no language. Invariant: a marker without its region is an error, never an empty block.
+Knows Markdown and marker comments, no language. Invariant: a quotation without its region is an error, never an empty
+block.
 """
 
 import re
@@ -19,7 +20,9 @@ from pathlib import Path
 from textwrap import dedent
 
 ROOT = Path(__file__).resolve().parent.parent
-_QUOTE = re.compile(r'<!-- --8<-- "(?P<path>[^":]+):(?P<region>\w+)" -->\n\n?(?P<open>```\w+)\n(?P<code>.*?)^```$', re.M | re.S)
+_QUOTE = re.compile(
+    r'<!-- --8<-- "(?P<path>[^":]+):(?P<region>\w+)" -->\n\n?(?P<open>```\w+)\n(?P<code>.*?)^```$', re.M | re.S
+)
 _COMMENT = re.compile(r'<!-- --8<-- "')
 _MARKER = re.compile(r"^\s*# --8<-- \[(start|end):(\w+)\]$")
 

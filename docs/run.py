@@ -1,12 +1,12 @@
 """Run the chapters' Python blocks and compare what they print with what the chapter says they print.
 
-The ```python blocks of a chapter are one program, run from top to bottom. A block that is followed by an ```output block
-prints exactly that. Blocks that quote a file (see include.py) are not run.
+The ```python blocks of a chapter are one program, run from top to bottom. A block that is followed by an ```output
+block prints exactly that. Blocks that quote a file (see include.py) are not run.
 
     python docs/run.py docs/05_kv_cache.md             # run a chapter; exit 1 at the first difference
     python docs/run.py --update docs/05_kv_cache.md    # write what was printed into the output blocks
 
-Knows Markdown and Python, not mili. Invariant: an exception in a block is an error of the chapter, at the chapter's line.
+Knows Markdown and Python, not mili. Invariant: an exception in a block is an error of the chapter, at its line.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROGRAM = re.compile(
-    r"(?P<quoted>^<!-- --8<-- [^\n]*\n\n?)?^```python\n(?P<code>.*?)^```\n(?:\n?```output\n(?P<output>.*?)^```$)?", re.M | re.S
+    r"(?P<quoted>^<!-- --8<-- [^\n]*\n\n?)?^```python\n(?P<code>.*?)^```\n(?:\n?```output\n(?P<output>.*?)^```$)?",
+    re.M | re.S,
 )
 
 

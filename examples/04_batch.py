@@ -1,4 +1,4 @@
-"""Serve many requests at once: prompts of different lengths, each with its own parameters, and several samples of one."""
+"""Serve many requests at once, each with its own parameters, and draw several samples of one prompt."""
 
 import sys
 import time

@@ -36,7 +36,7 @@ class PageLease:
     num_shared: int  # leading pages, owned by the tree
     num_pages: int  # pages held, shared and private
     page_table: npt.NDArray[np.int32]  # [capacity >= num_pages], kept as an array so that a batch copies it in one go
-# --8<-- [end:lease]
+    # --8<-- [end:lease]
 
     @property
     def pages(self) -> list[int]:

@@ -41,6 +41,8 @@ def kernel_op(
         f"mili.{name}", device=device, values=list(values), out_types=list(out_types), parameters=dict(parameters or {})
     )
     return [result.tensor for result in results]
+
+
 # --8<-- [end:kernel_op]
 
 

@@ -25,6 +25,8 @@ def add_rms_norm(
     out = TensorType(x.dtype, x.shape, x.device)
     y, total = kernel_op("add_rms_norm", x.device, [x, residual, weight], [out, out], {"eps": eps})
     return y, total
+
+
 # --8<-- [end:add_rms_norm]
 
 
