@@ -12,6 +12,8 @@ from max.gpu import WARP_SIZE, AddressSpace, barrier, block_idx, lane_id, thread
 from max.gpu.host import DeviceContext
 from max.gpu.host.info import is_cpu, is_gpu
 from max.gpu.primitives import warp
+from max.gpu.primitives.grid_controls import PDLLevel, launch_dependent_grids
+from max.gpu.primitives.grid_controls import pdl_launch_attributes, wait_on_dependent_grids
 from std.math import ceildiv, exp, sqrt
 from std.memory import bitcast, unsafe_stack_allocation
 from std.sys import CompilationTarget, llvm_intrinsic, simd_width_of, size_of

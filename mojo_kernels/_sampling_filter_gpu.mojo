@@ -15,6 +15,7 @@ from ._sampling_block_gpu import (
     _block_sum,
     _each,
     _fetch_add,
+    _merge,
     _store_wide,
     _warp_sum,
     _wide,
@@ -64,7 +65,7 @@ def _clear(words: Words, bins: Int):
 
 
 def _histogram[
-    ALIGN: Int
+    ALIGN: Int, C: Int
 ](words: Words, bins: Int, x: Ptr[F32], v: Int, top: Float32, inverse: Float32, first: Int32, last: Int32):
     """Counts and masses of tokens over bins first..last of the scaled logit; bins after last go into it."""
     _clear(words, bins)
@@ -86,16 +87,16 @@ def _histogram[
             elif bin[lane] >= first:
                 _add(words, bins, Int(bin[lane]), _join(high[lane].cast[U64](), low[lane].cast[U64]()), 1)
 
-    _each[ALIGN](x, v, body)
+    _each[ALIGN, C](x, v, body)
     var mass = _warp_sum(_join(high_sum.cast[U64](), low_sum.cast[U64]()))
     count = _warp_sum(count)
     if lane_id() == 0 and count > 0:
         _add(words, bins, Int(last), mass, count)
-    barrier()
+    _merge[C](words, bins)
 
 
 def _digit_histogram[
-    ALIGN: Int
+    ALIGN: Int, C: Int
 ](words: Words, x: Ptr[F32], v: Int, top: Float32, inverse: Float32, high_key: UInt32, span: UInt32, shift: UInt32):
     """The same over (high_key - key) >> shift, for the keys high_key - span..high_key alone, in OTHER."""
     _clear(words, OTHER)
@@ -109,8 +110,8 @@ def _digit_histogram[
                 var mass = _join(high.cast[U64](), _mass_low(e, high).cast[U64]())
                 _add(words, OTHER, Int(below[lane] >> shift), mass, 1)
 
-    _each[ALIGN](x, v, body)
-    barrier()
+    _each[ALIGN, C](x, v, body)
+    _merge[C](words, OTHER)
 
 
 def _find[column: Int](words: Words, bins: Int, goal: UInt64, mut count: UInt64, mut mass: UInt64) -> Int:
@@ -160,7 +161,7 @@ def _find[column: Int](words: Words, bins: Int, goal: UInt64, mut count: UInt64,
 
 
 def _threshold[
-    ALIGN: Int, column: Int
+    ALIGN: Int, C: Int, column: Int
 ](words: Words, x: Ptr[F32], v: Int, top_key: UInt32, inverse: Float32, goal: UInt64, mut reached: UInt64) -> UInt32:
     """The largest key such that the tokens with that key or more reach goal; sets reached to their mass.
 
@@ -171,7 +172,7 @@ def _threshold[
     var mass = UInt64(0)
     var bin = _find[column](words, FIRST, goal, count, mass)
     if bin == NEAR_BINS:
-        _histogram[ALIGN](words, OTHER, x, v, top, inverse, NEAR_BINS, BINS - 1)
+        _histogram[ALIGN, C](words, OTHER, x, v, top, inverse, NEAR_BINS, BINS - 1)
         bin = _find[column](words, OTHER, goal, count, mass)
     if thread_idx.x < 2:  # thread 0: the bin's lowest key; thread 1: that of the bin above
         var of_bin = bin - thread_idx.x
@@ -182,7 +183,7 @@ def _threshold[
     var high = words[unsafe_offset=RESULT + 7] - 1
     while True:
         var shift = _digit_shift(high - low)
-        _digit_histogram[ALIGN](words, x, v, top, inverse, high, high - low, shift)
+        _digit_histogram[ALIGN, C](words, x, v, top, inverse, high, high - low, shift)
         bin = _find[column](words, OTHER, goal, count, mass)
         high -= UInt32(bin) << shift
         if shift == 0:
@@ -192,20 +193,20 @@ def _threshold[
 
 
 def _filter[
-    ALIGN: Int
+    ALIGN: Int, C: Int
 ](words: Words, x: Ptr[F32], v: Int, top_key: UInt32, inverse: Float32, top_k: Int, top_p: Float32) -> UInt32:
     """The lowest key that top_k and then top_p keep."""
     var limited = 0 < top_k and top_k < v
     if not limited and top_p >= 1:
         return 0
     var top = _key_value(top_key)
-    _histogram[ALIGN](words, FIRST, x, v, top, inverse, 0, NEAR_BINS)
+    _histogram[ALIGN, C](words, FIRST, x, v, top, inverse, 0, NEAR_BINS)
     var key = UInt32(0)
     var total = UInt64(0)
     if limited:
-        key = _threshold[ALIGN, COUNT](words, x, v, top_key, inverse, UInt64(top_k), total)
+        key = _threshold[ALIGN, C, COUNT](words, x, v, top_key, inverse, UInt64(top_k), total)
     else:
         total = _block_sum(words, _wide(words, FIRST + BINS + thread_idx.x, FIRST + 2 * BINS + thread_idx.x))
     if top_p < 1:
-        key = _threshold[ALIGN, MASS](words, x, v, top_key, inverse, _top_p_goal(total, top_p), total)
+        key = _threshold[ALIGN, C, MASS](words, x, v, top_key, inverse, _top_p_goal(total, top_p), total)
     return key

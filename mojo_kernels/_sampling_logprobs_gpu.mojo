@@ -8,16 +8,17 @@ from ._sampling_block_gpu import (
     LIST_LEN,
     VEC,
     Words,
-    _block_min,
-    _block_sum,
+    _all_max,
+    _all_sum,
     _each,
     _fetch_add,
+    _rank,
 )
 from ._sampling_filter_gpu import COUNT, _histogram, _threshold
 from ._sampling_math import NEAR_BINS, U32, U64, _exp, _join, _key, _key_value, _mass_high, _mass_low, _scaled
 
 
-def _total_mass[ALIGN: Int](words: Words, x: Ptr[F32], v: Int, top: Float32) -> UInt64:
+def _total_mass[ALIGN: Int, C: Int](words: Words, x: Ptr[F32], v: Int, top: Float32) -> UInt64:
     """The sum of exp(x - top) as a mass."""
     var high_sum = SIMD[U32, VEC](0)
     var low_sum = SIMD[U32, VEC](0)
@@ -28,19 +29,19 @@ def _total_mass[ALIGN: Int](words: Words, x: Ptr[F32], v: Int, top: Float32) -> 
         high_sum += high
         low_sum += _mass_low(e, high)
 
-    _each[ALIGN](x, v, body)
-    return _block_sum(words, _join(high_sum.cast[U64]().reduce_add(), low_sum.cast[U64]().reduce_add()))
+    _each[ALIGN, C](x, v, body)
+    return _all_sum[C](words, _join(high_sum.cast[U64]().reduce_add(), low_sum.cast[U64]().reduce_add()))
 
 
-def _rank[ALIGN: Int](words: Words, x: Ptr[F32], v: Int, key: UInt32) -> Int:
+def _rank_of[ALIGN: Int, C: Int](words: Words, x: Ptr[F32], v: Int, key: UInt32) -> Int:
     """1 + the number of larger keys."""
     var above = SIMD[U32, VEC](0)
 
     def body(i: Int, logits: SIMD[F32, VEC]) {mut above, imm}:
         above += _key(logits).gt(key).cast[U32]()
 
-    _each[ALIGN](x, v, body)
-    return 1 + Int(_block_sum(words, above.cast[U64]().reduce_add()))
+    _each[ALIGN, C](x, v, body)
+    return 1 + Int(_all_sum[C](words, above.cast[U64]().reduce_add()))
 
 
 def _next_of[ALIGN: Int](words: Words, x: Ptr[F32], v: Int, key: UInt32, after: Int) -> Int:
@@ -53,15 +54,20 @@ def _next_of[ALIGN: Int](words: Words, x: Ptr[F32], v: Int, key: UInt32, after: 
             if equal[lane] and i + lane > after:
                 best = min(best, UInt32(i + lane))
 
-    _each[ALIGN](x, v, body)
-    return Int(_block_min(words, best))
+    _each[ALIGN, 1](x, v, body)
+    return Int(~_all_max[1](words, (~best).cast[U64]()).cast[U32]())
 
 
-def _list_top[ALIGN: Int](words: Words, x: Ptr[F32], v: Int, top_key: UInt32, n: Int):
-    """Leaves the n <= V likeliest tokens in LIST_KEYS and LIST_IDS, lowest ids first among equals, in no order."""
-    _histogram[ALIGN](words, FIRST, x, v, _key_value(top_key), Float32(1), 0, NEAR_BINS)
+def _list_top[ALIGN: Int, C: Int](words: Words, x: Ptr[F32], v: Int, top_key: UInt32, n: Int):
+    """Leaves the n <= V likeliest tokens in LIST_KEYS and LIST_IDS of the first block, in no order.
+
+    Of equal tokens the lowest ids are taken. The first block alone reads the row once more.
+    """
+    _histogram[ALIGN, C](words, FIRST, x, v, _key_value(top_key), Float32(1), 0, NEAR_BINS)
     var mass = UInt64(0)
-    var last_key = _threshold[ALIGN, COUNT](words, x, v, top_key, Float32(1), UInt64(n), mass)
+    var last_key = _threshold[ALIGN, C, COUNT](words, x, v, top_key, Float32(1), UInt64(n), mass)
+    if _rank[C]() > 0:
+        return
     if thread_idx.x == 0:
         words[unsafe_offset=LIST_LEN] = 0
     barrier()
@@ -74,7 +80,7 @@ def _list_top[ALIGN: Int](words: Words, x: Ptr[F32], v: Int, top_key: UInt32, n:
                 words[unsafe_offset=LIST_KEYS + place] = keys[lane]
                 words[unsafe_offset=LIST_IDS + place] = UInt32(i + lane)
 
-    _each[ALIGN](x, v, body)
+    _each[ALIGN, 1](x, v, body)
     barrier()
     var token = -1
     for place in range(Int(words[unsafe_offset=LIST_LEN]), n):

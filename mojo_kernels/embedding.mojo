@@ -15,9 +15,9 @@ from ._parallel import for_each
 from ._prelude import *
 
 
-def _embedding_cpu[dtype: DType](
-    hidden: Ptr[dtype], zeros: Ptr[dtype], token_ids: Ptr[DType.int32], table: Ptr[dtype], tokens: Int, h: Int
-):
+def _embedding_cpu[
+    dtype: DType
+](hidden: Ptr[dtype], zeros: Ptr[dtype], token_ids: Ptr[DType.int32], table: Ptr[dtype], tokens: Int, h: Int):
     comptime PAIR = 2 if dtype == BF16 else 1
 
     def token(t: Int) {var}:
@@ -31,11 +31,13 @@ def _embedding_cpu[dtype: DType](
     for_each(token, tokens, 4 * tokens * h * size_of[dtype]())
 
 
-def _embedding_kernel[dtype: DType, VEC: Int](
-    hidden: Ptr[dtype], zeros: Ptr[dtype], token_ids: Ptr[DType.int32], table: Ptr[dtype], h32: Int32
-):
+def _embedding_kernel[
+    dtype: DType, VEC: Int
+](hidden: Ptr[dtype], zeros: Ptr[dtype], token_ids: Ptr[DType.int32], table: Ptr[dtype], h32: Int32):
     comptime ALIGN = VEC * size_of[dtype]()
     var h = Int(h32)
+    launch_dependent_grids()
+    wait_on_dependent_grids()
     var source = Int(token_ids[unsafe_offset=block_idx.x]) * h
     var i = thread_idx.x * VEC
     while i < h:
@@ -45,7 +47,9 @@ def _embedding_kernel[dtype: DType, VEC: Int](
         i += 128 * VEC
 
 
-def _embedding_gpu[dtype: DType](
+def _embedding_gpu[
+    dtype: DType
+](
     hidden: Ptr[dtype],
     zeros: Ptr[dtype],
     token_ids: Ptr[DType.int32],
@@ -57,10 +61,28 @@ def _embedding_gpu[dtype: DType](
     comptime VEC = 16 // size_of[dtype]()
     if h % VEC == 0:
         comptime kernel = _embedding_kernel[dtype, VEC]
-        ctx.enqueue_function[kernel](hidden, zeros, token_ids, table, Int32(h), grid_dim=tokens, block_dim=128)
+        ctx.enqueue_function[kernel](
+            hidden,
+            zeros,
+            token_ids,
+            table,
+            Int32(h),
+            grid_dim=tokens,
+            block_dim=128,
+            attributes=pdl_launch_attributes(PDLLevel.ON),
+        )
     else:
         comptime kernel = _embedding_kernel[dtype, 1]
-        ctx.enqueue_function[kernel](hidden, zeros, token_ids, table, Int32(h), grid_dim=tokens, block_dim=128)
+        ctx.enqueue_function[kernel](
+            hidden,
+            zeros,
+            token_ids,
+            table,
+            Int32(h),
+            grid_dim=tokens,
+            block_dim=128,
+            attributes=pdl_launch_attributes(PDLLevel.ON),
+        )
 
 
 @extensibility.register("mili.embedding")

@@ -8,21 +8,26 @@ Shapes:    q [T, Hq*D] = qkv [T, (Hq+2 Hkv)*D], q_norm [D], k_norm [D], cos_sin 
            k_cache CPU [L, P, Hkv, D, S], GPU [L, P, Hkv, S, D]; v_cache [L, P, Hkv, S, D]; layer scalar
 Dtypes:    bfloat16 or float32, cache alike; float32 arithmetic, one rounding at the store
 CPU:       parallel over tokens; SIMD over half a head
-GPU:       one thread block of 8 warps per token, one warp per head in turn; each lane holds D/64 pairs (i, i + D/2)
+GPU:       D/16 lanes per head, each with 8 neighbouring pairs (i, i + D/2) in 16-byte vectors; a thread block of 128 threads has
+           16 heads (D 128) or 32 of one token
 Bound:     bytes = T (2 Hq + 4 Hkv) D sizeof(dtype) + T D 4; flops = 8 T (Hq + Hkv) D
-Limits:    D is 64 or 128 (one warp spans a head on the GPU). Keys of one page lie side by side on the CPU, so that attention
+Limits:    D is 64 or 128. Keys of one page lie side by side on the CPU, so that attention
            reads a vector of keys per dimension
 Source:    RoPE: Su 2021 (arXiv 2104.09864) in the half-rotation layout of the checkpoints; q/k norm: Qwen3 report
 """
 
 from ._parallel import for_each
 from ._prelude import *
+from std.bit import log2_floor
+
+comptime THREADS = 128  # of a GPU thread block
+comptime PAIRS = 8  # (i, i + D/2) that a lane holds
 
 
 @always_inline
-def _norm_rope_head_cpu[dtype: DType, D: Int](
-    x: Ptr[dtype], weight: Ptr[dtype], cos_sin: Ptr[F32], eps: Float32
-) -> SIMD[F32, D]:
+def _norm_rope_head_cpu[
+    dtype: DType, D: Int
+](x: Ptr[dtype], weight: Ptr[dtype], cos_sin: Ptr[F32], eps: Float32) -> SIMD[F32, D]:
     var h = x.unsafe_load[width=D](0).cast[F32]()
     var scale = 1 / sqrt((h * h).reduce_add() / Float32(D) + eps)
     h = h * scale * weight.unsafe_load[width=D](0).cast[F32]()
@@ -34,7 +39,9 @@ def _norm_rope_head_cpu[dtype: DType, D: Int](
     return rebind[SIMD[F32, D]]((low * c - high * s).join(high * c + low * s))
 
 
-def _qk_norm_rope_store_cpu[dtype: DType, D: Int](
+def _qk_norm_rope_store_cpu[
+    dtype: DType, D: Int
+](
     q: Ptr[dtype],
     qkv: Ptr[dtype],
     q_norm: Ptr[dtype],
@@ -70,7 +77,14 @@ def _qk_norm_rope_store_cpu[dtype: DType, D: Int](
     for_each(token, tokens, 4 * tokens * (num_q_heads + 2 * num_kv_heads) * D * size_of[dtype]())
 
 
-def _qk_norm_rope_store_kernel[dtype: DType, D: Int](
+@always_inline
+def _vector[dtype: DType](x: Ptr[dtype], i: Int) -> SIMD[F32, PAIRS]:
+    return x.unsafe_load[width=PAIRS, alignment=16](i).cast[F32]()
+
+
+def _qk_norm_rope_store_kernel[
+    dtype: DType, D: Int
+](
     q: Ptr[dtype],
     qkv: Ptr[dtype],
     q_norm: Ptr[dtype],
@@ -86,38 +100,48 @@ def _qk_norm_rope_store_kernel[dtype: DType, D: Int](
     eps: Float32,
 ):
     comptime HALF = D // 2
-    comptime N = HALF // WARP_SIZE  # pairs a lane holds
+    comptime LANES = HALF // PAIRS  # of a head
     var num_q_heads = Int(num_q_heads32)
     var num_kv_heads = Int(num_kv_heads32)
     var page_size = Int(page_size32)
     var t = block_idx.x
     var heads = num_q_heads + 2 * num_kv_heads
-    var at = lane_id() * N
+    var own = (block_idx.y * THREADS + thread_idx.x) // LANES
+    var head = min(own, heads - 1)  # lanes past the last head repeat it, for the sums of a warp, and store nothing
+    var at = thread_idx.x % LANES * PAIRS
+
+    # All that the kernel ahead does not write is fetched before it has finished.
+    launch_dependent_grids()
+    var weight = q_norm if head < num_q_heads else k_norm
+    var weight_low = _vector[dtype](weight, at)
+    var weight_high = _vector[dtype](weight, at + HALF)
     var slot = Int(slots[unsafe_offset=t])
-    var angles = cos_sin.unsafe_offset(Int(positions[unsafe_offset=t]) * D + at)
-    var c = angles.unsafe_load[width=N](0)
-    var s = angles.unsafe_load[width=N](HALF)
-    for head in range(warp_id(), heads, 8):
-        var x = qkv.unsafe_offset((t * heads + head) * D + at)
-        var low = x.unsafe_load[width=N](0).cast[F32]()
-        var high = x.unsafe_load[width=N](HALF).cast[F32]()
-        if head >= num_q_heads + num_kv_heads:
-            var kv_head = head - num_q_heads - num_kv_heads
-            var page = (slot // page_size) * num_kv_heads + kv_head
-            var v = v_layer.unsafe_offset((page * page_size + slot % page_size) * D + at)
-            v.unsafe_store(0, low.cast[dtype]())
-            v.unsafe_store(HALF, high.cast[dtype]())
-            continue
-        var weight = (q_norm if head < num_q_heads else k_norm).unsafe_offset(at)
-        var scale = 1 / sqrt(warp.sum((low * low + high * high).reduce_add()) / Float32(D) + eps)
-        low = low * scale * weight.unsafe_load[width=N](0).cast[F32]()
-        high = high * scale * weight.unsafe_load[width=N](HALF).cast[F32]()
-        var out = q.unsafe_offset((t * num_q_heads + head) * D + at)
-        if head >= num_q_heads:
-            var page = (slot // page_size) * num_kv_heads + head - num_q_heads
-            out = k_layer.unsafe_offset((page * page_size + slot % page_size) * D + at)
-        out.unsafe_store(0, (low * c - high * s).cast[dtype]())
-        out.unsafe_store(HALF, (high * c + low * s).cast[dtype]())
+    var angles = Int(positions[unsafe_offset=t]) * D + at
+    var c = _vector[F32](cos_sin, angles)
+    var s = _vector[F32](cos_sin, angles + HALF)
+    wait_on_dependent_grids()
+
+    var low = _vector[dtype](qkv, (t * heads + head) * D + at)
+    var high = _vector[dtype](qkv, (t * heads + head) * D + at + HALF)
+    var squares = (low * low + high * high).reduce_add()
+    comptime for step in range(log2_floor(LANES)):
+        squares += warp.shuffle_xor(squares, UInt32(1 << step))
+    if own >= heads:
+        return
+    var out = q.unsafe_offset((t * num_q_heads + head) * D + at)
+    if head >= num_q_heads:
+        var is_k = head < num_q_heads + num_kv_heads
+        var kv_head = head - num_q_heads - (0 if is_k else num_kv_heads)
+        var page = (slot // page_size) * num_kv_heads + kv_head
+        out = (k_layer if is_k else v_layer).unsafe_offset((page * page_size + slot % page_size) * D + at)
+    if head < num_q_heads + num_kv_heads:
+        var scale = 1 / sqrt(squares / Float32(D) + eps)
+        var x = low * scale * weight_low
+        var z = high * scale * weight_high
+        low = x * c - z * s
+        high = z * c + x * s
+    out.unsafe_store[alignment=16](0, low.cast[dtype]())
+    out.unsafe_store[alignment=16](HALF, high.cast[dtype]())
 
 
 @extensibility.register("mili.qk_norm_rope_store")
@@ -206,8 +230,9 @@ struct QkNormRopeStore:
                 Int32(num_kv_heads),
                 Int32(page_size),
                 eps,
-                grid_dim=tokens,
-                block_dim=256,
+                grid_dim=(tokens, ceildiv(num_q_heads + 2 * num_kv_heads, THREADS * 16 // D)),
+                block_dim=THREADS,
+                attributes=pdl_launch_attributes(PDLLevel.ON),
             )
         else:
             comptime assert False, "mili.qk_norm_rope_store: unsupported target"

@@ -42,6 +42,8 @@ def _silu_mul_kernel[dtype: DType, VEC: Int](y: Ptr[dtype], gate_up: Ptr[dtype],
     comptime ALIGN = VEC * size_of[dtype]()
     var n = Int(n32)
     var i = (block_idx.x * 256 + thread_idx.x) * VEC
+    launch_dependent_grids()
+    wait_on_dependent_grids()
     if i < n:
         var gate = gate_up.unsafe_offset(block_idx.y * 2 * n)
         var g = gate.unsafe_load[width=VEC, alignment=ALIGN](i)
@@ -50,13 +52,23 @@ def _silu_mul_kernel[dtype: DType, VEC: Int](y: Ptr[dtype], gate_up: Ptr[dtype],
 
 
 def _silu_mul_gpu[dtype: DType](y: Ptr[dtype], gate_up: Ptr[dtype], tokens: Int, n: Int, ctx: DeviceContext) raises:
+    @always_inline
+    def launch[VEC: Int]() raises {imm}:
+        comptime kernel = _silu_mul_kernel[dtype, VEC]
+        ctx.enqueue_function[kernel](
+            y,
+            gate_up,
+            Int32(n),
+            grid_dim=(ceildiv(n, 256 * VEC), tokens),
+            block_dim=256,
+            attributes=pdl_launch_attributes(PDLLevel.ON),
+        )
+
     comptime VEC = 16 // size_of[dtype]()
     if n % VEC == 0:
-        comptime kernel = _silu_mul_kernel[dtype, VEC]
-        ctx.enqueue_function[kernel](y, gate_up, Int32(n), grid_dim=(ceildiv(n, 256 * VEC), tokens), block_dim=256)
+        launch[VEC]()
     else:
-        comptime kernel = _silu_mul_kernel[dtype, 1]
-        ctx.enqueue_function[kernel](y, gate_up, Int32(n), grid_dim=(ceildiv(n, 256), tokens), block_dim=256)
+        launch[1]()
 
 
 @extensibility.register("mili.silu_mul")
