@@ -39,7 +39,9 @@ def paged_attention_gpu[
     if num_tokens == 0 or num_requests == 0:
         return
     if num_q_heads % num_kv_heads != 0:
-        raise Error("mili.paged_attention: ", num_q_heads, " query heads do not share ", num_kv_heads, " KV heads evenly")
+        raise Error(
+            "mili.paged_attention: ", num_q_heads, " query heads do not share ", num_kv_heads, " KV heads evenly"
+        )
     comptime if dtype == BF16:
         if max_query_len > 1:
             launch_prefill[dtype, head_dim, page_size, scale](

@@ -1,4 +1,4 @@
-"""Pieces of softmax that the GPU kernels of `mili.paged_attention` share."""
+"""Pieces that the GPU kernels of `mili.paged_attention` share."""
 
 from ._prelude import *
 from std.sys import inlined_assembly
@@ -29,3 +29,14 @@ def _quad_sum(x: Float32) -> Float32:
 def _inverse(sum: Float32) -> Float32:
     """1 / sum, and 0 for a request without keys."""
     return Float32(0) if sum == 0 else 1 / sum
+
+
+@always_inline
+def _push(address: Int32, value: SIMD[F32, 4]):
+    """Stores 16 bytes at a shared-memory address of the first block of the cluster."""
+    inlined_assembly[
+        "{ .reg .b32 ra; mapa.shared::cluster.u32 ra, $0, 0; st.shared::cluster.v4.f32 [ra], {$1, $2, $3, $4}; }",
+        NoneType,
+        constraints="r,f,f,f,f,~{memory}",
+        has_side_effect=True,
+    ](address, value[0], value[1], value[2], value[3])
