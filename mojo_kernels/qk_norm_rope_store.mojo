@@ -20,8 +20,8 @@ from ._parallel import for_each
 from ._prelude import *
 from std.bit import log2_floor
 
-comptime THREADS = 128  # of a GPU thread block
-comptime PAIRS = 8  # (i, i + D/2) that a lane holds
+comptime _THREADS = 128  # of a GPU thread block
+comptime _PAIRS = 8  # (i, i + D/2) that a lane holds
 
 
 @always_inline
@@ -78,8 +78,8 @@ def _qk_norm_rope_store_cpu[
 
 
 @always_inline
-def _vector[dtype: DType](x: Ptr[dtype], i: Int) -> SIMD[F32, PAIRS]:
-    return x.unsafe_load[width=PAIRS, alignment=16](i).cast[F32]()
+def _vector[dtype: DType](x: Ptr[dtype], i: Int) -> SIMD[F32, _PAIRS]:
+    return x.unsafe_load[width=_PAIRS, alignment=16](i).cast[F32]()
 
 
 def _qk_norm_rope_store_kernel[
@@ -100,15 +100,15 @@ def _qk_norm_rope_store_kernel[
     eps: Float32,
 ):
     comptime HALF = D // 2
-    comptime LANES = HALF // PAIRS  # of a head
+    comptime LANES = HALF // _PAIRS  # of a head
     var num_q_heads = Int(num_q_heads32)
     var num_kv_heads = Int(num_kv_heads32)
     var page_size = Int(page_size32)
     var t = block_idx.x
     var heads = num_q_heads + 2 * num_kv_heads
-    var own = (block_idx.y * THREADS + thread_idx.x) // LANES
+    var own = (block_idx.y * _THREADS + thread_idx.x) // LANES
     var head = min(own, heads - 1)  # lanes past the last head repeat it, for the sums of a warp, and store nothing
-    var at = thread_idx.x % LANES * PAIRS
+    var at = thread_idx.x % LANES * _PAIRS
 
     # All that the kernel ahead does not write is fetched before it has finished.
     launch_dependent_grids()
@@ -230,8 +230,8 @@ struct QkNormRopeStore:
                 Int32(num_kv_heads),
                 Int32(page_size),
                 eps,
-                grid_dim=(tokens, ceildiv(num_q_heads + 2 * num_kv_heads, THREADS * 16 // D)),
-                block_dim=THREADS,
+                grid_dim=(tokens, ceildiv(num_q_heads + 2 * num_kv_heads, _THREADS * 16 // D)),
+                block_dim=_THREADS,
                 attributes=pdl_launch_attributes(PDLLevel.ON),
             )
         else:
