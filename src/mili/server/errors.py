@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from mili.errors import EngineDeadError, QueueFullError, RequestError
 from mili.sampling_params import SamplingParams
@@ -83,7 +83,8 @@ def as_api_error(error: Exception) -> ApiError:
             message = "the engine has stopped, and this server will exit: retry elsewhere or later"
             return ApiError(503, message, type="service_unavailable", code="engine_dead")
     _log.error("a request failed", exc_info=error)
-    return ApiError(500, "internal error: the server's log says more under this request's id", type="internal_server_error")
+    message = "internal error: the server's log says more under this request's id"
+    return ApiError(500, message, type="internal_server_error")
 
 
 def add_error_handlers(app: FastAPI) -> None:

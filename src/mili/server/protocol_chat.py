@@ -5,7 +5,7 @@ returns is plain JSON in the form Qwen's templates expect: contents are strings,
 """
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import FailFast, Field, PlainValidator
 
@@ -62,7 +62,7 @@ class ToolCall(Body):
 class Message(Body):
     """One message; clients send back the assistant's as they got it."""
 
-    refused = {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
+    refused: ClassVar = {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
