@@ -88,7 +88,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Let `app` answer every exception with the envelope."""
+    """Let `app` answer with the envelope; what no handler knows is a 500 of the outermost middleware, `RequestContext`."""
 
     async def ours(request: Request, error: Exception) -> Response:
         return as_api_error(error).response()
@@ -105,7 +105,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid_body)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
     app.add_exception_handler(ClientDisconnected, disconnected)  # type: ignore[arg-type]
-    for kind in (ApiError, RequestError, QueueFullError, EngineDeadError, Exception):
+    for kind in (ApiError, RequestError, QueueFullError, EngineDeadError):
         app.add_exception_handler(kind, ours)
 
 
