@@ -1,10 +1,13 @@
 """/v1/completions, /generate, /tokenize, /detokenize and /v1/models."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mili
 from support.api import joined_completions
 
 COMPLETIONS = "/v1/completions"
@@ -98,7 +101,8 @@ def test_logprobs_without_echo_begin_with_the_first_new_token(api):
     (choice,) = both(api, ask(logprobs=3, max_tokens=4, ignore_eos=True))["choices"]
     assert choice["logprobs"]["text_offset"][0] == 0
     assert [len(values) for values in choice["logprobs"].values()] == [4] * 4
-    assert all(token in top for token, top in zip(choice["logprobs"]["tokens"], choice["logprobs"]["top_logprobs"]))
+    chosen = zip(choice["logprobs"]["tokens"], choice["logprobs"]["top_logprobs"], strict=True)
+    assert all(token == next(iter(top)) for token, top in chosen), "greedy takes the most likely"
 
 
 def test_prompt_logprobs_come_once_for_each_choice(api):
@@ -139,8 +143,6 @@ def test_a_sampling_field_is_the_engines_own(api, field):
     answer = api.post(COMPLETIONS, {"prompt": "def f(x):", **body, "return_token_ids": True})
 
     async def directly():
-        from dataclasses import replace
-
         params = replace(api.llm.get_default_sampling_params(), **body)
         return await api.llm.complete("def f(x):", params)
 
@@ -201,8 +203,6 @@ def test_the_model_is_listed_and_found(make_api):
 
 
 def test_a_folder_is_served_under_its_own_name(make_api, tmp_path):
-    from server.conftest import BUNDLED
-
-    (tmp_path / "my-model").symlink_to(BUNDLED)
+    (tmp_path / "my-model").symlink_to(Path(mili.__file__).parent / "data" / "tiny-qwen3-code")
     api = make_api(llm={"model": str(tmp_path / "my-model")})
     assert api.request("GET", "/v1/models").json()["data"][0]["id"] == "my-model"

@@ -6,12 +6,15 @@ from typing import Any, Self
 
 import httpx
 from fastapi import FastAPI
+from starlette.middleware import Middleware
 
 from mili.async_llm import AsyncLLM
 from mili.server import chat, completions, models, simple, tokenization
 from mili.server.config import ServerConfig
 from mili.server.errors import add_error_handlers
+from mili.server.middleware import RequestContext
 from mili.server.service import Service
+from support.fake_runner import FakeRunner
 
 
 class Recorder:
@@ -37,9 +40,9 @@ class Recorder:
 
 
 def make_app(llm: AsyncLLM, recorder: Recorder, **config: Any) -> FastAPI:
-    """The routes and the error handlers, without the middlewares."""
+    """The routes and the error handlers under the outermost middleware."""
     service = Service(llm, ServerConfig(**config), recorder)
-    app = FastAPI()
+    app = FastAPI(middleware=[Middleware(RequestContext, paths=frozenset(), sinks=())])
     add_error_handlers(app)
     for module in (chat, completions, models, simple, tokenization):
         app.include_router(module.make_router(service))
@@ -49,8 +52,9 @@ def make_app(llm: AsyncLLM, recorder: Recorder, **config: Any) -> FastAPI:
 class Api:
     """Calls an application from synchronous tests; a context manager."""
 
-    def __init__(self, llm: AsyncLLM, **config: Any) -> None:
+    def __init__(self, llm: AsyncLLM, runners: list[FakeRunner], **config: Any) -> None:
         self.llm = llm
+        (self.fake,) = runners
         self.recorder = Recorder()
         self.app = make_app(llm, self.recorder, **config)
         self.loop = asyncio.Runner()
@@ -69,7 +73,8 @@ class Api:
 
     def post(self, path: str, body: Any, status: int = 200) -> Any:
         """The JSON answer, which must have this status."""
-        answer = self.request("POST", path, json=body)
+        content = json.dumps(body)  # ASCII, so that a test may send what is not Unicode
+        answer = self.request("POST", path, content=content, headers={"content-type": "application/json"})
         assert answer.status_code == status, answer.text
         return answer.json()
 
