@@ -80,3 +80,16 @@ def parse(
     calls = [(call.name, call.arguments) for call in message.tool_calls]
     text = completion.snapshot().text
     return Parsed(message.content, message.reasoning, calls, parser.num_reasoning_tokens, text, deltas)
+
+
+def parse_all_ways(tokenizer: Tokenizer, ids: str | list[int], **options: Any) -> Parsed:
+    """Parse one-shot and token by token; both must agree."""
+    ids = tokenizer.encode(ids) if isinstance(ids, str) else ids
+    whole = parse(tokenizer, ids, **options)
+    assert parse(tokenizer, ids, chunks=repeat(1), **options) == whole
+    assert parse(tokenizer, ids, chunks=repeat(1), finish_apart=True, **options) == whole
+    return whole
+
+
+def message(parsed: Parsed) -> tuple[str | None, str | None, list[tuple[str, str]]]:
+    return parsed.reasoning, parsed.content, parsed.calls
