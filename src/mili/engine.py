@@ -11,20 +11,22 @@ happens to one request never changes what another one generates.
 import itertools
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from mili.admission import RequestLimits, bad_word_ids, derived_seed
 from mili.batch import ForwardBatch
 from mili.cache import KVCache
+from mili.child import Child, sampling_batch
 from mili.completion import Completion, token_logprobs
 from mili.config import EngineConfig, ModelConfig
 from mili.counters import Counters
 from mili.errors import ConfigError, MiliError, RequestError
+from mili.grammar import GrammarCompiler
 from mili.outputs import FinishReason, RequestOutput
 from mili.request import Request, ScheduledRequest
 from mili.request_group import RequestGroup
-from mili.sampling import SamplerState, SamplingBatch, SamplingRow
+from mili.sampling import SamplerState
 from mili.sampling_params import SamplingParams
 from mili.scheduler import Scheduler
 from mili.tokenizer import Tokenizer
@@ -38,16 +40,6 @@ class Progress(NamedTuple):
 
     advanced: list[str]  # got a token; those that finished are among them
     finished: list[str]  # ended, or were taken down by an exception that `take` raises
-
-
-@dataclass(eq=False, slots=True)
-class _Child:
-    """One of a group's completions on its way."""
-
-    group: RequestGroup
-    request: Request
-    completion: Completion
-    sampler: SamplerState
 
 
 class Engine:
@@ -70,8 +62,10 @@ class Engine:
                 f"max_model_len {runner.max_model_len}: raise kv_cache_memory_bytes or lower max_model_len"
             )
         self.limits = RequestLimits(model.vocab_size, runner.max_model_len)
+        self._grammars = GrammarCompiler(tokenizer, model.vocab_size, model.eos_token_ids)
+        self._undigested: list[Child] = []  # with a grammar that has not seen the newest token
         self._groups: dict[str, RequestGroup] = {}
-        self._children: dict[Request, _Child] = {}  # the unfinished ones
+        self._children: dict[Request, Child] = {}  # the unfinished ones
         self._counters = Counters()
         self._ids = itertools.count()
         self._num_added = 0
@@ -81,6 +75,11 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Whether another `step` has something to do."""
         return self._scheduler.has_unfinished
+
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise RequestError if the request can never be served; from any thread. New structured_outputs take ms."""
+        self.limits.check(prompt_token_ids, params)
+        self._grammars.check(params.structured_outputs)
 
     def add(
         self,
@@ -94,7 +93,7 @@ class Engine:
 
         Raises RequestError, and queues nothing, if the request can never be served or the id is in use.
         """
-        self.limits.check(prompt_token_ids, params)
+        self.check(prompt_token_ids, params)
         if request_id is None:
             request_id = next(i for i in map(str, self._ids) if i not in self._groups)
         elif request_id in self._groups:
@@ -118,6 +117,7 @@ class Engine:
                 )
             )
             completions.append(Completion(index, own, self._tokenizer))
+        grammars = [self._grammars.start(params.structured_outputs, token_ids, r.stop_ids) for r in requests]
         group = RequestGroup(
             id=request_id,
             prompt=prompt,
@@ -127,9 +127,9 @@ class Engine:
             arrival_time=self._now(),
         )
         self._groups[request_id] = group
-        for request, completion in zip(requests, completions, strict=True):
+        for request, completion, grammar in zip(requests, completions, grammars, strict=True):
             sampler = SamplerState(params, token_ids, request.stop_ids, bad_words, request.seed)
-            self._children[request] = _Child(group, request, completion, sampler)
+            self._children[request] = Child(group, request, completion, sampler, grammar)
             self._scheduler.add(request)
         return request_id
 
@@ -140,9 +140,10 @@ class Engine:
         KeyboardInterrupt and its like end them too, and then leave this method.
         """
         # --8<-- [start:step]
+        failed = self._advance_grammars()
         plan = self._scheduler.schedule()
         if not plan:
-            return Progress([], [])
+            return Progress([], failed)
         children = [self._children[request] for request, _ in plan]
         try:
             now = self._now()
@@ -150,11 +151,12 @@ class Engine:
                 if child.group.first_scheduled_time is None:
                     child.group.first_scheduled_time = now
             batch = ForwardBatch.build(plan, self._cache.page_size)
-            output = self._runner.execute(batch, _sampling_batch(batch, children))
-            return self._take_in(plan, children, batch, output)
+            output = self._runner.execute(batch, sampling_batch(batch, children))
+            advanced, finished = self._take_in(plan, children, batch, output)
+            return Progress(advanced, failed + finished)
         # --8<-- [end:step]
         except Exception as error:
-            return Progress([], self._fail(children, error))
+            return Progress([], failed + self._fail(children, error))
         except BaseException:
             self._fail(children, MiliError("the step of this request was interrupted"))
             raise
@@ -206,10 +208,19 @@ class Engine:
         """End every request and free the device."""
         for request_id in list(self._groups):
             self.abort(request_id)
+        self._grammars.close()
         self._runner.close()
 
+    def _advance_grammars(self) -> list[str]:
+        """Bring masks up to the newest tokens; ends, and returns, the groups of those whose grammar failed."""
+        children = [child for child in self._undigested if child.request in self._children]  # the unfinished ones
+        errors = self._grammars.advance([child.grammar for child in children if child.grammar is not None])
+        self._undigested.clear()
+        failed = (self._fail([child], e) for child, e in zip(children, errors, strict=True) if e is not None)
+        return list(itertools.chain.from_iterable(failed))
+
     def _take_in(
-        self, plan: list[ScheduledRequest], children: list[_Child], batch: ForwardBatch, output: "StepOutput"
+        self, plan: list[ScheduledRequest], children: list[Child], batch: ForwardBatch, output: "StepOutput"
     ) -> Progress:
         """Hand the sampled tokens to the scheduler, then to the completions."""
         now = self._now()
@@ -237,6 +248,9 @@ class Engine:
                 completion.add_logprobs(token_logprobs(output, row, token, num_logprobs, named))
             advanced[group.id] = None
             group.has_news = True
+            if child.grammar is not None:
+                child.grammar.append(token)
+                self._undigested.append(child)
             if request.finish_reason is not None:
                 completion.finish(request.finish_reason, request.stop_reason)
                 self._forget(child)
@@ -246,7 +260,7 @@ class Engine:
         self._counters.generation_tokens += len(tokens)
         return Progress(list(advanced), finished)
 
-    def _keep_prompt_logprobs(self, children: list[_Child], batch: ForwardBatch, output: "StepOutput") -> None:
+    def _keep_prompt_logprobs(self, children: list[Child], batch: ForwardBatch, output: "StepOutput") -> None:
         for row, (index, kind, position) in enumerate(batch.logit_owners):
             if kind == "prompt":
                 request, group = children[index].request, children[index].group
@@ -257,7 +271,7 @@ class Engine:
                     output, row, target, request.params.prompt_logprobs, named
                 )
 
-    def _fail(self, children: Iterable[_Child], error: Exception) -> list[str]:
+    def _fail(self, children: Iterable[Child], error: Exception) -> list[str]:
         """End the groups that took part in a step which raised; returns their ids."""
         groups = {child.group: None for child in children if child.group.num_unfinished}
         for group in groups:
@@ -275,7 +289,7 @@ class Engine:
                 self._forget(self._children[request], count=reason is not None)
         group.finished_time = self._now()
 
-    def _forget(self, child: _Child, *, count: bool = True) -> None:
+    def _forget(self, child: Child, *, count: bool = True) -> None:
         del self._children[child.request]
         child.group.num_unfinished -= 1
         if count:
@@ -284,15 +298,3 @@ class Engine:
 
     def _now(self) -> float:
         return time.monotonic() + self._clock_offset
-
-
-def _sampling_batch(batch: ForwardBatch, children: Sequence[_Child]) -> SamplingBatch:
-    rows = []
-    for index, kind, position in batch.logit_owners:
-        if kind == "sample":
-            rows.append(children[index].sampler.row())
-        else:
-            params, token_ids = children[index].request.params, children[index].request.token_ids
-            assert params.prompt_logprobs is not None
-            rows.append(SamplingRow.scoring(token_ids[position], params.prompt_logprobs))
-    return SamplingBatch.build(rows)

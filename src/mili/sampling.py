@@ -53,7 +53,7 @@ _UNUSED_ROW = SamplingRow.scoring(-1, -1)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SamplingBatch:
-    """The arrays of R rows with E edits and G masks in all, as `mili.ops.sampling.sample` takes them; all C-contiguous."""
+    """The arrays of R rows with E edits and G masks, as `mili.ops.sampling.sample` takes them; all C-contiguous."""
 
     floats: FloatArray  # [R, 3] temperature, top_p, min_p
     ints: IntArray  # [R, 7] top_k, num_logprobs, target_id, seed_lo, seed_hi, position, row of masks or -1
