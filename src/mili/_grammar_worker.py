@@ -12,9 +12,7 @@ import resource
 import sys
 import threading
 
-import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 _MEMORY_BYTES = 4 << 30
 _STACK_BYTES = 2 << 20  # a quarter of what the threads of a server have: what fits here fits there
@@ -25,17 +23,12 @@ def main() -> None:
     vocabulary = json.loads(sys.stdin.readline())
     tokenizer = LLTokenizer(vocabulary["tokenizer"], n_vocab=vocabulary["size"], eos_token=vocabulary["eos_token_ids"])
     limits = LLParserLimits(**vocabulary["limits"])
-    mask = allocate_token_bitmask(1, vocabulary["size"])  # [1, ceil(V / 32)]
     _answer()
     for line in sys.stdin:
-        _compile(tokenizer, json.loads(line), limits, mask)
+        matcher = LLMatcher(tokenizer, json.loads(line), log_level=0, limits=limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()
         _answer()
-
-
-def _compile(tokenizer: LLTokenizer, grammar: str, limits: LLParserLimits, mask: np.ndarray) -> None:
-    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
-    if not matcher.is_error():
-        fill_next_token_bitmask(matcher, mask)
 
 
 def _answer() -> None:

@@ -9,6 +9,7 @@ Invariant: a mask depends on its own completion's tokens only, and never forbids
 """
 
 import functools
+import json
 import os
 import threading
 from collections.abc import Collection, Sequence
@@ -16,7 +17,7 @@ from enum import Enum, auto
 from typing import Any, TypeAlias
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
@@ -36,6 +37,9 @@ _LIMITS: dict[str, Any] = {"step_max_items": 5000, "verbose_errors": False}
 _MAX_THREADS = 8  # that fill masks: a mask takes some 12 us, so more have nothing to do
 # JSON allows any amount of whitespace between its tokens; with a bound, a model that repeats spaces gets out again.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+# Where only one text can follow, llguidance would allow only the tokens it spells that text with, and spell all of it
+# anew for each token: up to 0.1 s where the text is long. The model chooses the spelling instead.
+_DIRECTIVE = '%llguidance {"no_forcing": true}'
 
 
 class _Phase(Enum):
@@ -155,7 +159,10 @@ class GrammarCompiler:
         return state
 
     def advance(self, states: Sequence[GrammarState]) -> list[Exception | None]:
-        """Make the masks that follow the appended tokens; for each state what went wrong with it, None if nothing."""
+        """Make the masks that follow the appended tokens; for each state what went wrong with it, None if nothing.
+
+        The caller waits: to hand the work to a thread of Python's takes longer than most masks do.
+        """
         errors: list[Exception | None] = [None] * len(states)
         if not states:
             return errors
@@ -204,10 +211,7 @@ class GrammarCompiler:
 
     def _compile_anew(self, form: StructuredOutputsParams) -> LLMatcher:
         """The grammar of `form` at its start, which is only ever copied."""
-        try:
-            grammar = _grammar(form)
-        except ValueError as error:
-            raise RequestError(f"structured_outputs.{form.kind} cannot be used: {_first_line(str(error))}") from error
+        grammar = LLMatcher.grammar_from_lark(_lark(form))
         if not self._trial.passes(grammar):
             raise RequestError(
                 f"structured_outputs.{form.kind} is too large or too deep: compiling it took more than "
@@ -246,17 +250,19 @@ class GrammarCompiler:
         self._trial.close()
 
 
-def _grammar(form: StructuredOutputsParams) -> str:
-    """What llguidance compiles. Raises ValueError for a schema that it does not take."""
+def _lark(form: StructuredOutputsParams) -> str:
+    """The form as a grammar in llguidance's Lark syntax, in which all of them can be told not to force tokens."""
     if form.json_object or form.json is not None:
-        schema = '{"type": "object"}' if form.json is None else str(form.json)
-        return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
-    if form.choice is not None:
-        return LLMatcher.grammar_from_regex("|".join(map(_escaped, form.choice)))
-    if form.regex is not None:
-        return LLMatcher.grammar_from_regex(form.regex)
-    assert form.grammar is not None
-    return LLMatcher.grammar_from_lark(form.grammar)
+        schema = {"type": "object"} if form.json is None else json.loads(str(form.json))
+        rule = f"start: %json {json.dumps({'x-guidance': {'whitespace_pattern': _WHITESPACE}} | schema)}"
+    elif form.choice is not None:
+        rule = f"start: /{regex_to_lark('|'.join(map(_escaped, form.choice)), '')}/"
+    elif form.regex is not None:
+        rule = f"start: /{regex_to_lark(form.regex, '')}/"
+    else:
+        assert form.grammar is not None
+        rule = form.grammar
+    return f"{rule}\n{_DIRECTIVE}"
 
 
 def _escaped(text: str) -> str:

@@ -80,7 +80,8 @@ class SamplingBatch:
         masked = [(index, row.mask) for index, row in enumerate(rows) if row.mask is not None]
         ints = np.full((len(rows), 7), -1, dtype=np.int32)
         ints[:, :6] = [row.ints for row in rows]
-        ints[[index for index, _ in masked], 6] = range(len(masked))
+        if masked:
+            ints[[index for index, _ in masked], 6] = range(len(masked))
         return cls(
             floats=np.array([row.floats for row in rows], dtype=np.float32),
             ints=ints,

@@ -1,4 +1,4 @@
-"""The process that meets unknown grammars first: it answers, it is killed when it does not, and it ends with its owner."""
+"""The process that meets unknown grammars first: it answers or is killed, and ends with its owner."""
 
 import gc
 import os
