@@ -268,6 +268,26 @@ def test_a_refused_request_says_why_and_can_be_sent_again(page, stub):
     assert answered(page, stub, "hello", "hi").body["messages"] == [{"role": "user", "content": "hello"}]
 
 
+def test_a_server_that_is_gone_is_an_error(page, stub):
+    page.context.set_offline(True)
+    send(page, "hello")
+    expect(page.get_by_role("alert")).to_have_text("The server cannot be reached.")
+    page.context.set_offline(False)
+    answered(page, stub, "hello", "hi")
+
+
+def test_a_tool_call_that_was_cut_off_is_not_sent_back(page, stub):
+    send(page, "weather?")
+    stream = stub.next()
+    stream.send(chunk({"tool_calls": [{"index": 0, "id": "c0", "function": {"name": "f", "arguments": '{"ci'}}]}))
+    stream.end(reason="length")
+    expect(last(page, ".facts")).to_contain_text("cut off")
+    expect(last(page, ".call")).to_have_text('{"name": "f", "arguments": {"ci}')
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    messages = answered(page, stub, "hello", "hi").body["messages"]
+    assert messages[1:] == [{"role": "assistant", "content": ""}, {"role": "user", "content": "hello"}]
+
+
 def test_an_error_page_of_a_proxy_is_an_error_too(page, stub):
     stub.refusal = (502, "<h1>Bad Gateway</h1>")
     send(page, "hello")
