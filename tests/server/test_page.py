@@ -185,7 +185,7 @@ def test_a_setting_that_cannot_be_meant_is_not_sent(page, stub):
     assert answered(page, stub, "hello", "hi").body["tools"] == []
 
 
-def test_reasoning_is_apart_and_folded_and_not_sent_back(page, stub):
+def test_reasoning_is_apart_and_folded_and_sent_back_apart(page, stub):
     send(page, "why?")
     stream = stub.next()
     stream.send(chunk({"reasoning": "Let me "}), chunk({"reasoning": "see."}))
@@ -198,7 +198,7 @@ def test_reasoning_is_apart_and_folded_and_not_sent_back(page, stub):
     expect(last(page, ".reasoning .said")).to_have_text("Let me see.")
     expect(last(page, ".answer")).to_have_text("Because.")
     messages = answered(page, stub, "sure?", "Yes.").body["messages"]
-    assert messages[1] == {"role": "assistant", "content": "Because."}
+    assert messages[1] == {"role": "assistant", "content": "Because.", "reasoning": "Let me see."}
     expect(last(page, ".reasoning")).to_be_hidden()
 
 
