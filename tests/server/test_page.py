@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -465,3 +466,50 @@ def test_the_file_loads_nothing_and_is_allowed_nothing_else():
     assert len(re.findall("<script|<style", page.body)) == 2
     assert "unsafe" not in page.headers["Content-Security-Policy"]
     assert page.headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'sha256-")
+
+
+@pytest.fixture
+def live_page(open_page: Callable[[str], Page], live_url: str) -> Page:
+    """The page before the real routes and the bundled model."""
+    content = load_page()
+    headers = {**content.headers, "Content-Type": "text/html; charset=utf-8"}
+    page = open_page("about:blank")
+    page.route(f"{live_url}/", lambda route: route.fulfill(body=content.body, headers=headers))
+    page.goto(live_url)
+    expect(field(page, "Model")).to_have_value("tiny-qwen3-code")
+    return page
+
+
+def test_live_completions_come_from_the_cache_the_second_time(live_page):
+    page = live_page
+    page.get_by_text("Complete", exact=True).click()
+    field(page, "Seed").fill("1")
+    field(page, "Max tokens").fill("16")
+    shown = []
+    for turn, cached in enumerate((0, 73)):  # 16 of 22 tokens, a page
+        send(page, "import os\nimport sys\nfrom pathlib import Path\n\ndef read_lines(path: Path) -> list[str]:\n")
+        expect(page.locator("article").nth(turn).locator(".facts")).to_contain_text(
+            re.compile(rf"^\d+ tokens · [\d.]+ tokens/s · first after [\d.]+ s · prompt 22 tokens, {cached} % cached")
+        )
+        shown.append(last(page, ".answer").inner_text())
+    assert shown[0] == shown[1] != ""
+
+
+def test_live_chat_stops_and_the_server_is_free_again(live_page, live_llm):
+    page = live_page
+    send(page, "hello")
+    expect(last(page, ".answer")).not_to_be_empty()
+    page.keyboard.press("Escape")
+    expect(last(page, ".facts")).to_contain_text("stopped")
+    deadline = time.monotonic() + 10
+    while live_llm.num_unfinished and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert live_llm.num_unfinished == 0
+
+
+def test_a_live_refusal_says_which_field(live_page):
+    page = live_page
+    field(page, "Top p").fill("0")
+    send(page, "hello")
+    expect(page.get_by_role("alert").locator("span")).to_contain_text("top_p must be a finite number in (0, 1], got 0")
+    expect(page.get_by_role("alert").locator("small")).to_contain_text("400 · invalid_request_error · top_p")
