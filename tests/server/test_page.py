@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from mili.async_llm import AsyncLLM
+from mili.server.app import create_app
+from mili.server.config import ServerConfig
 from mili.server.page import load_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, which the dev extra installs")
@@ -16,7 +19,7 @@ if CHROMIUM is None:
 
 from playwright.sync_api import Browser, Locator, Page, expect  # noqa: E402
 
-from support.stub_api import Stream, StubApi, chunk, running_stub  # noqa: E402
+from support.stub_api import Stream, StubApi, chunk, running_stub, serving  # noqa: E402
 
 MARKUP = "<img src=x onerror='window.ran = true'><script>window.ran = true</script>"
 
@@ -468,14 +471,16 @@ def test_the_file_loads_nothing_and_is_allowed_nothing_else():
     assert page.headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'sha256-")
 
 
+@pytest.fixture(scope="module")
+def live_server(live_llm: AsyncLLM) -> Iterator[str]:
+    """Where the application as `mili serve` makes it serves the bundled model."""
+    with serving(create_app(live_llm, ServerConfig())) as url:
+        yield url
+
+
 @pytest.fixture
-def live_page(open_page: Callable[[str], Page], live_url: str) -> Page:
-    """The page before the real routes and the bundled model."""
-    content = load_page()
-    headers = {**content.headers, "Content-Type": "text/html; charset=utf-8"}
-    page = open_page("about:blank")
-    page.route(f"{live_url}/", lambda route: route.fulfill(body=content.body, headers=headers))
-    page.goto(live_url)
+def live_page(open_page: Callable[[str], Page], live_server: str) -> Page:
+    page = open_page(live_server)
     expect(field(page, "Model")).to_have_value("tiny-qwen3-code")
     return page
 

@@ -99,7 +99,7 @@ class StubApi:
 @contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
     """Serve `app` on a free port of 127.0.0.1, from a thread; yields its URL."""
-    config = uvicorn.Config(app, port=0, ws="none", lifespan="off", log_level="error", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, port=0, ws="none", log_level="error", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
