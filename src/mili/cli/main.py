@@ -18,6 +18,7 @@ from mili.cli.chat import chat
 from mili.cli.doctor import doctor
 from mili.cli.generate import generate
 from mili.cli.plan import plan
+from mili.cli.run_batch import run_batch
 from mili.errors import MiliError
 
 
@@ -27,7 +28,7 @@ def program() -> None:
     """Run Qwen3 language models on mili's own kernels, on CPU and GPU."""
 
 
-for _command in (generate, chat, plan, bench, doctor):
+for _command in (generate, chat, run_batch, plan, bench, doctor):
     program.add_command(_command)
 
 
