@@ -256,12 +256,15 @@ def test_goodput_counts_requests_that_kept_every_limit():
     assert good(ttft=150, itl=50, e2e=500) == 0
 
 
-def test_the_table_warns_of_a_client_at_its_limit():
+def test_the_table_warns_of_a_client_that_was_held_up():
     result = summarise([record(0.0, [0.1, 0.2], 0.3, 2)], 1.0, {"ttft": 200.0})
-    result |= {"num_prompts": 1, "goodput": "ttft:200", "client_utilization": 0.95}
-    assert "client itself was nearly at its limit" in table(result, {})
+    result |= {"num_prompts": 1, "goodput": "ttft:200", "client_utilization": 0.1, "max_concurrency": None}
     assert "1.00/s within ttft:200" in table(result, {})
-    assert "limit:" not in table(result | {"client_utilization": 0.1}, {})
+    assert "too little of a core" not in table(result, {})
+    assert "too little of a core" in table(result | {"client_utilization": 0.95}, {})
+    assert "too little of a core" in table(result | {"max_send_delay_ms": 60.0}, {})
+    late = [Record(1.0, 1.07, [1.1, 1.2], 1.3, 10, 2)]
+    assert summarise(late, 1.0, {})["max_send_delay_ms"] == pytest.approx(70)
 
 
 def test_events_are_the_same_however_they_are_cut():

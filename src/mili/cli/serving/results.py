@@ -111,12 +111,12 @@ def table(result: Mapping[str, Any], details: Mapping[str, str]) -> str:
         keys = ("mean", *(f"p{percentile}" for percentile in PERCENTILES))
         values = [result[f"{key}_{name}_ms"] for key in keys]
         rows.append((title, "".join(f"{'-':>12}" if value is None else f"{value:>12,.2f}" for value in values)))
-    client = (
-        f"busy {result['client_utilization']:.0%} of a core, sent at most {result['max_send_delay_ms']:,.1f} ms late"
-    )
+    client = f"busy {result['client_utilization']:.0%} of a core"
+    if result["max_concurrency"] is None:
+        client += f", sent at most {result['max_send_delay_ms']:,.1f} ms late"
     rows.append(("client", client))
     if (per_chunk := result["tokens_per_chunk"] or 1) > 1.05:
         rows.append(("note", f"a chunk had {per_chunk:.2f} tokens: ITL is between chunks, TPOT between tokens"))
-    if result["client_utilization"] > 0.8:
-        rows.append(("note", "the client itself was nearly at its limit: latencies may be its own"))
+    if result["client_utilization"] > 0.8 or result["max_send_delay_ms"] > 50:
+        rows.append(("note", "the client had too little of a core: part of these latencies is its own"))
     return "\n".join(f"{name:<11}{text}" for name, text in rows)
