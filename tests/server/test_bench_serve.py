@@ -275,3 +275,26 @@ def test_events_are_the_same_however_they_are_cut():
         parser = EventParser()
         events = [event for at in range(0, len(stream), size) for event in parser.feed(stream[at : at + size])]
         assert events == expected, size
+
+
+# --- against the real server ---
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_the_real_server_is_measured(capsys, live_url, endpoint):
+    words = ["--endpoint", endpoint, "--num-requests", "12", "--concurrent", "4", "--output-len", "3:8"]
+    words += ["--prompt-len", "20:40", "--seed", "7", "--prefix-len", "32", "--goodput", "e2e:60000"]
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "serve", "--base-url", f"{live_url}/v1", *words])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert end.value.code == 0
+    assert (result["completed"], result["error_counts"]) == (12, {})
+    output_lens = [
+        json.loads(body)["max_tokens"]
+        for body in workload(prompt_len=Lengths(20, 40), output_len=Lengths(3, 8)).bodies(12, seed=7)
+    ]
+    assert result["total_output_tokens"] == sum(output_lens)
+    assert result["request_goodput"] == result["request_throughput"]
+    assert 0 < result["mean_ttft_ms"] < result["mean_e2el_ms"]
+    if endpoint == "completions":
+        assert 12 * 52 <= result["total_input_tokens"] <= 12 * 72
