@@ -206,11 +206,7 @@ class EngineCollector(Collector):
             counter.add_metric([model_name], values[name])  # type: ignore[arg-type]
             yield counter
         yield self._gauge("engine_ready", "1 if /ready says 200.", {}, self._readiness.ready)
-        cache = {
-            "block_size": llm.memory.page_size,
-            "num_gpu_blocks": llm.memory.num_pages - 1,
-            "cache_dtype": llm.dtype,
-        }
+        cache = {"block_size": llm.memory.page_size, "num_gpu_blocks": llm.memory.num_pages - 1, "cache_dtype": llm.dtype}
         yield self._gauge("cache_config_info", "The KV cache; vLLM's label names, on the CPU too.", cache, 1)
         startup = GaugeMetricFamily(
             f"{self._prefix}startup_time_seconds", "Phases of the start.", labels=["model_name", "phase"]
