@@ -1,7 +1,7 @@
 """Sends requests and keeps the time: when each was due, when its tokens came, how it ended.
 
 Knows HTTP and the API's streams; adds nothing up. Invariant: every request sent has exactly one `Record`.
-aiohttp, because a chunk costs it less than half of httpx2's CPU time, and the client may share its cores with the server.
+aiohttp, because a chunk costs it less than half of httpx2's CPU time, and client and server may share their cores.
 """
 
 import asyncio
