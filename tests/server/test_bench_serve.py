@@ -1,5 +1,6 @@
 import json
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -151,6 +152,17 @@ def test_options_of_the_group_are_not_taken_for_those_of_a_benchmark(capsys):
         main(["bench", "--repeat", "2", "serve"])
     assert end.value.code == 2
     assert "--repeat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["uvloop", "aiohttp"])
+def test_a_missing_extra_is_named(capsys, monkeypatch, module):
+    for name in ("client", "results"):
+        monkeypatch.delitem(sys.modules, f"mili.cli.serving.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "serve"])
+    assert end.value.code == 1
+    assert capsys.readouterr().err == f"error: {module} is not installed: pip install 'mili[serve]'\n"
 
 
 # --- the load ---
