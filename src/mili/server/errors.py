@@ -16,10 +16,11 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from mili.errors import EngineDeadError, QueueFullError, RequestError
 from mili.sampling_params import SamplingParams
-from mili.server.json_text import json_bytes
+from mili.server.json_text import json_bytes, json_text
 
 INVALID = "invalid_request_error"
 RETRY_AFTER_SECONDS = 1
+_SHOWN_CHARS = 100  # of a wrong value
 
 # What the message of a RequestError may begin with, and then is about.
 _PARAMS = frozenset(field.name for field in fields(SamplingParams)) | {
@@ -127,6 +128,8 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     message = problem["msg"].removeprefix("Value error, ")
     if not loc:
         return ApiError(400, "the body must be a JSON object" if problem["type"].startswith("model_") else message)
+    if isinstance(problem.get("input"), int | float | str) and "field" not in context:
+        message += f", got {json_text(problem['input'])[:_SHOWN_CHARS]}"
     param = field_path(loc)
     return ApiError(400, f"{param}: {message}", param=param)
 
