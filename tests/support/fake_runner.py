@@ -46,6 +46,7 @@ class FakeRunner:
     device: Any = field(default_factory=lambda: SimpleNamespace(is_host=True, id=0))
     memory: MemoryPlan | None = None
     closed: bool = False
+    startup_seconds: dict[str, float] = field(default_factory=dict)
     num_steps: int = 0
     batches: list[ForwardBatch] = field(default_factory=list)
     prefills: list[list[int]] = field(default_factory=list)  # what a request held when several tokens were added to it
