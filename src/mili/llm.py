@@ -40,6 +40,7 @@ class LLM:
         kv_cache_memory_bytes: int | None = None,
         enable_prefix_caching: bool = True,
         enforce_eager: bool = False,
+        compiled: str | Path | None = None,
         seed: int = 0,
         hf_overrides: Mapping[str, Any] | None = None,
         revision: str | None = None,
@@ -58,6 +59,7 @@ class LLM:
             kv_cache_memory_bytes: Size of the KV cache; None for what fits.
             enable_prefix_caching: Reuse the keys and values of prompts that begin alike.
             enforce_eager: Never replay captured device graphs.
+            compiled: A folder that `mili compile` wrote: load the kernels from there and compile nothing.
             seed: From which requests without a seed of their own get theirs.
             hf_overrides: Fields that replace those of config.json, for example rope_scaling to switch YaRN on.
             revision: Branch, tag or commit of a Hugging Face model.
@@ -78,6 +80,7 @@ class LLM:
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             enable_prefix_caching=enable_prefix_caching,
             enforce_eager=enforce_eager,
+            compiled=compiled,
             seed=seed,
         )
         self._loaded = LoadedModel(model, config, hf_overrides, revision)
