@@ -34,7 +34,7 @@ def container(pod):
 
 
 def validate(manifest, version):
-    """Raise unless the manifest has only fields that this version of Kubernetes knows, with values of the right type."""
+    """Raise unless the manifest has only fields that this version of Kubernetes knows, of the right types."""
     kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
     if manifest["kind"] == "ServiceMonitor":  # the Prometheus Operator's own kind
         assert manifest["apiVersion"] == "monitoring.coreos.com/v1"
