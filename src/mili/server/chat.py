@@ -42,9 +42,7 @@ def make_router(service: Service) -> APIRouter:
         choice = check_tool_choice(body.tool_choice, functions)
         if choice.mode == "none":
             tools = None  # the model is not told of what it must not call
-        params = body.chat_sampling_params(
-            service.llm.get_default_sampling_params(), _grammar(body, functions, choice)
-        )
+        params = body.chat_sampling_params(service.llm.get_default_sampling_params(), _grammar(body, functions, choice))
         prompt = await off_loop(
             len(await request.body()),
             service.llm.render_chat,

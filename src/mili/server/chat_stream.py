@@ -112,8 +112,8 @@ class ChatStreamWriter:
                 also = f',"reasoning_content":{json_text(text)}' if self._reasoning_content else ""
                 return f'{{"reasoning":{json_text(text)}{also}}}'
             case ToolCallStart(index, call_id, name):
-                function = f'{{"name":{json_text(name)},"arguments":""}}'
-                return f'{{"tool_calls":[{{"index":{index},"id":"{call_id}","type":"function","function":{function}}}]}}'
+                call = f'"index":{index},"id":"{call_id}","type":"function"'
+                return f'{{"tool_calls":[{{{call},"function":{{"name":{json_text(name)},"arguments":""}}}}]}}'
             case ToolCallArguments(index, text):
                 return f'{{"tool_calls":[{{"index":{index},"function":{{"arguments":{json_text(text)}}}}}]}}'
 

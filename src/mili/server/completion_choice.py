@@ -4,6 +4,7 @@ Invariant: the choices written for a stream add up to the one written for the fi
 concatenate.
 """
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 from mili.outputs import CompletionOutput, RequestOutput
@@ -81,6 +82,6 @@ class CompletionChoiceWriter:
             "text_offset": of_prompt["text_offset"] + logprobs["text_offset"],
         }
 
-    def _new(self, items: list[T]) -> list[T]:
+    def _new(self, items: Sequence[T]) -> list[T]:
         """Of a list with one item for each token, those that were not written yet and are to be shown."""
-        return [] if self._body.echo_only else items[self._num_tokens :]
+        return [] if self._body.echo_only else list(items[self._num_tokens :])

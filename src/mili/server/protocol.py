@@ -109,7 +109,7 @@ def _schema(value: object) -> object:
 class StreamOptions(Body):
     """What a stream tells besides tokens."""
 
-    refused = {"include_obfuscation": (False,)}
+    refused: ClassVar = {"include_obfuscation": (False,)}
 
     include_usage: bool | None = None
 
@@ -153,7 +153,7 @@ class StructuredOutputs(Body):
     ] = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = Field(None, max_length=MAX_ITEMS)
+    choice: list[str] | None = Field(None, fail_fast=True)
     grammar: str | None = None
 
     def to_params(self) -> StructuredOutputsParams:
@@ -164,16 +164,14 @@ class StructuredOutputs(Body):
 class GenerationFields(Body):
     """How to generate; the ranges are checked by `SamplingParams`."""
 
-    refused = NOT_HONOURED
+    refused: ClassVar = NOT_HONOURED
 
     model: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = Field(None, le=MAX_N)
-    stop: Annotated[
-        str | list[str] | None, PlainValidator(_stop, json_schema_input_type=str | list[str] | None)
-    ] = None
+    stop: Annotated[str | list[str] | None, PlainValidator(_stop, json_schema_input_type=str | list[str] | None)] = None
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -192,9 +190,9 @@ class GenerationFields(Body):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[
-        list[int] | None, PlainValidator(_token_ids, json_schema_input_type=list[int] | None)
-    ] = None
+    stop_token_ids: Annotated[list[int] | None, PlainValidator(_token_ids, json_schema_input_type=list[int] | None)] = (
+        None
+    )
     include_stop_str_in_output: bool | None = None
     bad_words: Annotated[list[str] | None, PlainValidator(_stop, json_schema_input_type=list[str] | None)] = None
     skip_special_tokens: bool | None = None

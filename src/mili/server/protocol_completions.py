@@ -4,9 +4,9 @@ Knows the forms a prompt may have; knows no tokenizer. Invariant: a prompt that 
 one kind of them, and never ambiguous: a list of integers is always one prompt.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import FailFast, Field, PlainValidator
+from pydantic import Field, PlainValidator
 
 from mili.sampling_params import SamplingParams
 from mili.server.errors import ApiError
@@ -23,16 +23,15 @@ def _is_ids(value: object) -> bool:
 def _prompt(value: object) -> object:
     if isinstance(value, str) or _is_ids(value):
         return value
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value) or all(map(_is_ids, value)):
-            return value
+    if isinstance(value, list) and value and (all(isinstance(i, str) for i in value) or all(map(_is_ids, value))):
+        return value
     raise ValueError("must be a string, a list of token ids, or a list of strings or of lists of token ids; not empty")
 
 
 class CompletionRequest(GenerationFields):
     """The body of POST /v1/completions."""
 
-    refused = {name: off for name, off in NOT_HONOURED.items() if name != "echo"}
+    refused: ClassVar = {name: off for name, off in NOT_HONOURED.items() if name != "echo"}
 
     prompt: Annotated[PromptForms, PlainValidator(_prompt, json_schema_input_type=PromptForms)]
     logprobs: int | None = None
@@ -79,16 +78,16 @@ class GenerateRequest(Body):
 class TokenizeRequest(Body):
     """The body of POST /tokenize: a prompt, or messages and what renders them."""
 
-    refused = {"chat_template": (), "mm_processor_kwargs": ()}
+    refused: ClassVar = {"chat_template": (), "mm_processor_kwargs": ()}
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], FailFast()] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, fail_fast=True, min_length=1)
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    tools: Annotated[list[Tool], FailFast()] | None = None
+    tools: list[Tool] | None = Field(None, fail_fast=True)
     chat_template_kwargs: dict[str, Any] | None = None
 
     def check(self) -> None:

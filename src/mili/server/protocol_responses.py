@@ -3,9 +3,9 @@
 Shapes are OpenAI's with vLLM's additions; a field under `NotRequired` is there when it was asked for.
 """
 
-from typing import Literal
+from typing import Literal, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 
 class PromptTokensDetails(TypedDict):

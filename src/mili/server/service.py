@@ -99,9 +99,7 @@ class Service:
             self._finish(engine_id, output, params)
         yield output
 
-    async def complete(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
-    ) -> RequestOutput:
+    async def complete(self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str) -> RequestOutput:
         """The finished output; cancellation aborts the request."""
         with self._observed(prompt_token_ids, params, request_id) as engine_id:
             output = await self.llm.complete(prompt_token_ids, params, engine_id)
@@ -115,9 +113,7 @@ class Service:
         self.observer.finished(request_id, output, params)
 
     @contextmanager
-    def _observed(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
-    ) -> Iterator[str]:
+    def _observed(self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str) -> Iterator[str]:
         """Hold an id that no other request of the engine has, and tell the observer how it ends."""
         if request_id in self._in_flight:  # clients choose X-Request-Id
             request_id = f"{request_id}-{uuid.uuid4().hex}"
