@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mili.llm import LLM
     from mili.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
     from mili.sampling_params import SamplingParams
+    from mili.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UnsupportedModelError",
     "WeightError",
     "__version__",
@@ -77,4 +79,5 @@ def _modules() -> dict[str, tuple[str, ...]]:
         "mili.llm": ("LLM",),
         "mili.outputs": ("CompletionOutput", "FinishReason", "Logprob", "RequestMetrics", "RequestOutput"),
         "mili.sampling_params": ("SamplingParams",),
+        "mili.structured_outputs": ("StructuredOutputsParams",),
     }

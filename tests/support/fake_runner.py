@@ -102,7 +102,7 @@ class FakeRunner:
 
     def _sample(self, logits: np.ndarray, sampling: SamplingBatch, row: int, step: FakeStep) -> None:
         temperature, top_p, min_p = sampling.floats[row].tolist()
-        top_k, num_logprobs, target, seed_lo, seed_hi, position = sampling.ints[row].tolist()
+        top_k, num_logprobs, target, seed_lo, seed_hi, position, mask = sampling.ints[row].tolist()
         edited = logits.astype(np.float64)
         edits = slice(*sampling.edit_starts[row : row + 2].tolist())
         for token, (bias, repetition, subtract) in zip(
@@ -110,7 +110,10 @@ class FakeRunner:
         ):
             value = edited[token] + bias
             edited[token] = (value / repetition if value > 0 else value * repetition) - subtract
-        if temperature == 0:
+        if mask >= 0:
+            bits = np.unpackbits(sampling.masks[mask].view(np.uint8), bitorder="little")  # [32 W]
+            edited[bits[: len(edited)] == 0] = -np.inf
+        if temperature == 0 or np.isneginf(edited.max()):
             token = int(edited.argmax())
         else:
             token = _draw(edited, temperature, top_k, top_p, min_p, (seed_lo, seed_hi, position))
