@@ -12,6 +12,7 @@ from support.api import events_of
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello?"}]
+NESTED: dict[str, Any] = json.loads('{"items":' * 200 + "{}" + "}" * 200)
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
@@ -46,7 +47,8 @@ def completion(**fields: Any) -> dict[str, Any]:
         (CHAT, chat(n=True), "n"),
         (CHAT, chat(n=2, temperature=0), "n"),
         (CHAT, chat(seed=2**70), "seed"),
-        (CHAT, chat(logprobs=True, top_logprobs=21), "logprobs"),
+        (CHAT, chat(logprobs=True, top_logprobs=21), "top_logprobs"),
+        (CHAT, chat(max_completion_tokens=0), "max_completion_tokens"),
         (CHAT, chat(top_logprobs=2), "top_logprobs"),
         (CHAT, chat(stop=[1]), "stop"),
         (CHAT, chat(stop=["a"] * 10_000), "stop"),
@@ -89,6 +91,12 @@ def completion(**fields: Any) -> dict[str, Any]:
         (CHAT, chat(response_format={"type": "xml"}), "response_format.type"),
         (CHAT, chat(response_format={"type": "json_schema"}), "response_format.json_schema"),
         (CHAT, chat(structured_outputs={"regex": "a", "choice": ["b"]}), "structured_outputs"),
+        (CHAT, chat(structured_outputs={"json": "{"}), "structured_outputs.json"),
+        (
+            CHAT,
+            chat(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": NESTED}}),
+            "response_format",
+        ),
         (CHAT, chat(structured_outputs={"structural_tag": "a"}), "structured_outputs.structural_tag"),
         (CHAT, chat(chat_template="{{ 1 }}"), "chat_template"),
         (CHAT, chat(continue_final_message=True), "continue_final_message"),
@@ -370,3 +378,9 @@ def test_two_requests_may_have_one_id(make_api):
 
 def test_defaults_are_valid_params(api):
     assert api.llm.get_default_sampling_params() == SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
+
+
+def test_a_message_shows_the_value_and_the_limit(api):
+    assert api.error(CHAT, chat(n=500))["message"] == "n: Input should be less than or equal to 128, got 500"
+    assert '"' + "x" * 99 in api.error(CHAT, chat(n="x" * 10_000))["message"]
+    assert len(api.error(CHAT, chat(n="x" * 10_000))["message"]) < 300

@@ -13,22 +13,6 @@ from dataclasses import dataclass, field
 import httpx
 
 WORDS = ("def", "return", "import", "class", "self", "print", "range", "for", "if", "else", "while", "try", "value")
-    "def",
-    "return",
-    "import",
-    "class",
-    "self",
-    "print",
-    "range",
-    "for",
-    "if",
-    "else",
-    "while",
-    "try",
-    "value",
-    "index",
-    "name",
-]
 INVALID = (
     {"prompt": "x", "max_tokens": -1},
     {"prompt": "x", "temperatur": 0.5},

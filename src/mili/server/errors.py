@@ -5,7 +5,8 @@ text of an exception that is not one of ours goes to the log and never over the 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -16,14 +17,15 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from mili.errors import EngineDeadError, QueueFullError, RequestError
 from mili.sampling_params import SamplingParams
-from mili.server.json_text import json_bytes
+from mili.server.json_text import json_bytes, json_text
 
 INVALID = "invalid_request_error"
 RETRY_AFTER_SECONDS = 1
+_SHOWN_CHARS = 100  # of a wrong value
 
 # What the message of a RequestError may begin with, and then is about.
 _PARAMS = frozenset(field.name for field in fields(SamplingParams)) | {
-    "messages", "tools", "tool_choice", "continue_final_message", "chat_template_kwargs"
+    "messages", "tools", "tool_choice", "response_format", "continue_final_message", "chat_template_kwargs"
 }  # fmt: skip
 
 
@@ -86,6 +88,17 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, message, type="internal_server_error")
 
 
+@contextmanager
+def blaming(field: str) -> Iterator[None]:
+    """Let an error about the engine's `structured_outputs` name the field of the body that it was made from."""
+    try:
+        yield
+    except RequestError as error:
+        if field == "structured_outputs":
+            raise
+        raise RequestError(re.sub(r"^structured_outputs(\.\w+)?", field, str(error))) from error
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Let `app` answer with the envelope; what no handler knows is a 500 of the middleware `RequestContext`."""
 
@@ -127,6 +140,8 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     message = problem["msg"].removeprefix("Value error, ")
     if not loc:
         return ApiError(400, "the body must be a JSON object" if problem["type"].startswith("model_") else message)
+    if isinstance(problem.get("input"), int | float | str) and "field" not in context:
+        message += f", got {json_text(problem['input'])[:_SHOWN_CHARS]}"
     param = field_path(loc)
     return ApiError(400, f"{param}: {message}", param=param)
 

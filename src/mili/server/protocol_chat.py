@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PlainValidator
 
 from mili.errors import RequestError
-from mili.sampling_params import SamplingParams
+from mili.sampling_params import MAX_LOGPROBS, SamplingParams
 from mili.server.errors import ApiError
 from mili.server.protocol import Body, GenerationFields
 from mili.structured_outputs import StructuredOutputsParams
@@ -145,9 +145,9 @@ class ChatRequest(GenerationFields):
     """The body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(fail_fast=True, min_length=1)
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] | None = Field(None, fail_fast=True)
     tool_choice: Annotated[Any, PlainValidator(_as_it_is, json_schema_input_type=ToolChoiceForms)] = None
     parallel_tool_calls: bool | None = None
