@@ -13,6 +13,7 @@ import pytest
 from mili.batch_file import BatchOutput, read_batch
 from mili.errors import ConfigError, EngineDeadError
 from mili.run_batch import run_batch
+from support.api import Recorder, make_app
 from support.batch_app import BatchApp
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,6 +260,7 @@ import asyncio, itertools, sys
 from pathlib import Path
 from mili.batch_file import BatchOutput, read_batch
 from mili.run_batch import run_batch
+from support.api import Recorder, make_app
 from support.batch_app import BatchApp
 paths = Path(sys.argv[1]), Path(sys.argv[2])
 with BatchOutput(*paths) as output:
@@ -288,3 +290,43 @@ def test_a_run_killed_midway_is_finished_by_the_next(tmp_path, how):
         num_before = num_now
     assert subprocess.run(command, timeout=60).returncode == 0
     assert [item["custom_id"] for item in read_lines(paths[1])] == [f"c{i}" for i in range(200)]
+
+
+# --- the real application ---
+
+
+def test_the_real_application_answers_and_refuses(live_llm, tmp_path):
+    def chat(custom_id, **body):
+        body = {"messages": [{"role": "user", "content": f"# {custom_id}"}], "max_tokens": 5, "temperature": 0, **body}
+        return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+    lines = [chat(f"c{i}") for i in range(20)]
+    lines[3] = chat("c3", temperature=-1)
+    lines[5] = chat("c5", no_such_field=1)
+    lines[7] = line("c7", prompt="def f(", max_tokens=4, ignore_eos=True, n=2)
+    lines[9] = line("c9", prompt=[1] * 5000)
+    lines[11] = chat("c11", model="gpt-unknown")
+    lines[13] = "{"
+    path = write_lines(tmp_path / "in.jsonl", lines)
+    written = []
+    run = run_batch(
+        *(make_app(live_llm, Recorder()), read_batch(path), written.append),
+        max_in_flight=8,
+        check_health=live_llm.check_health,
+        on_written=lambda: None,
+    )
+    summary = asyncio.run(run)
+    codes = {item["custom_id"]: item["response"]["status_code"] for item in written if item["response"]}
+    assert [item["custom_id"] for item in written] == [None if i == 13 else f"c{i}" for i in range(20)]
+    assert {key: code for key, code in codes.items() if code != 200} == {"c3": 400, "c5": 400, "c9": 400, "c11": 404}
+    assert (summary.num_succeeded, summary.num_failed) == (15, 5)
+    assert "no_such_field" in written[5]["response"]["body"]["error"]["message"]
+    assert written[9]["response"]["body"]["error"]["code"] == "context_length_exceeded"
+    assert [choice["index"] for choice in written[7]["response"]["body"]["choices"]] == [0, 1]
+    assert len({item["response"]["request_id"] for item in written if item["response"]}) == 19
+    assert summary.completion_tokens == sum(
+        item["response"]["body"]["usage"]["completion_tokens"]
+        for item in written
+        if item["response"] and item["response"]["status_code"] == 200
+    )
+    assert live_llm.num_unfinished == 0

@@ -19,7 +19,10 @@ from mili.cli.compile import compile_command
 from mili.cli.doctor import doctor
 from mili.cli.generate import generate
 from mili.cli.plan import plan
+from mili.cli.run_batch import run_batch
 from mili.errors import MiliError
+
+_SERVE_EXTRA = frozenset({"aiohttp", "fastapi", "httptools", "httpx2", "prometheus_client", "uvicorn", "uvloop"})
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,7 +31,7 @@ def program() -> None:
     """Run Qwen3 language models on mili's own kernels, on CPU and GPU."""
 
 
-for _command in (generate, chat, plan, compile_command, bench, doctor):
+for _command in (generate, chat, run_batch, plan, compile_command, bench, doctor):
     program.add_command(_command)
 
 
@@ -61,6 +64,8 @@ def _one_line(error: Exception) -> str:
         return _joined(error.format_message())
     if isinstance(error, (MiliError, OSError)):
         return _joined(str(error))
+    if isinstance(error, ModuleNotFoundError) and error.name in _SERVE_EXTRA:
+        return f"{error.name} is not installed: pip install 'mili[serve]'"
     return f"{type(error).__name__}: {_joined(str(error))} (--traceback shows where; please report it)"
 
 

@@ -6,13 +6,16 @@ goes on where it stopped.
 
 import asyncio
 import itertools
+import logging
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mili.cli.options import build_async_llm, model_options, traceback_option
+from mili.cli.options import MODEL_KEYS, model_options, traceback_option
 
 if TYPE_CHECKING:
     from mili.async_llm import AsyncLLM
@@ -76,11 +79,19 @@ def _answer(input_path: Path, output: "BatchOutput", served_model_name: str | No
                 on_written=bar.update,
             )
 
-    llm = build_async_llm(options)
+    llm = _build_llm(options)
     try:
         return asyncio.run(answer_all(llm))
     finally:
         llm.close()
+
+
+def _build_llm(options: Mapping[str, Any]) -> "AsyncLLM":
+    from mili.async_llm import AsyncLLM
+
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("mili").setLevel(logging.INFO)  # says why the first start takes its time
+    return AsyncLLM(**{key: options[key] for key in MODEL_KEYS if options.get(key) is not None})
 
 
 def _report(summary: "BatchSummary", num_before: int, seconds: float) -> str:
