@@ -20,6 +20,7 @@ from textwrap import dedent
 from typing import Any
 from unittest.mock import MagicMock
 
+import click
 from click.testing import CliRunner
 from fastapi.routing import APIRoute
 
@@ -154,12 +155,18 @@ def _docstring(text: str) -> str:
 
 def _command_line() -> Iterator[str]:
     yield "## Command line\n\nExit codes: 0 done, 1 a fault of mili's, 2 a mistake in what was asked, 130 Ctrl-C.\n"
-    for words in ([], *([name] for name in sorted(program.commands))):
-        name = " ".join(["mili", *words])
-        result = CliRunner().invoke(program, [*words, "--help"], prog_name="mili", terminal_width=_HELP_WIDTH)
-        if result.exception is not None:
-            raise RuntimeError(f"{name} --help failed") from result.exception
-        yield f"### {name}\n\n{_code(result.output, 'text')}"
+    yield from _command([], program)
+
+
+def _command(words: list[str], command: click.Command) -> Iterator[str]:
+    """A command's help, and then its own commands'."""
+    name = " ".join(["mili", *words])
+    result = CliRunner().invoke(program, [*words, "--help"], prog_name="mili", terminal_width=_HELP_WIDTH)
+    if result.exception is not None:
+        raise RuntimeError(f"{name} --help failed") from result.exception
+    yield f"### {name}\n\n{_code(result.output, 'text')}"
+    for inner in sorted(command.commands) if isinstance(command, click.Group) else ():
+        yield from _command([*words, inner], command.commands[inner])
 
 
 def _http_api() -> Iterator[str]:
