@@ -33,6 +33,15 @@ def test_every_code_is_explained():
     assert set(re.findall(r"`(\w+)`", " ".join(in_table + of_batches))) == script.codes()
 
 
+def test_what_the_chapters_program_prints_is_found_in_it():
+    (output,) = re.findall(r"^```output\n(.*?)^```$", CHAPTER, re.M | re.S)
+    printed = re.findall(r"^\w+Error: (.*)$", output, re.M)
+    assert len(printed) == 3
+    for message in printed:
+        templates = [re.escape(template).replace(script.VARIES, ".+") for template in script.entries(CHAPTER)]
+        assert any(re.fullmatch(template, message) for template in templates), message
+
+
 def source(tmp_path: Path, text: str, name: str = "module.py") -> Path:
     (tmp_path / "errors.py").write_text("class MiliError(Exception): ...\nclass SomeError(MiliError): ...\n")
     (tmp_path / name).write_text(text)
