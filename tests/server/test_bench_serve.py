@@ -161,8 +161,8 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit) as end:
         main(["bench", "serve"])
-    assert end.value.code == 1
-    assert capsys.readouterr().err == f"error: {module} is not installed: pip install 'mili[serve]'\n"
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f'error: {module} is not installed: pip install "mili[serve]"\n'
 
 
 # --- the load ---

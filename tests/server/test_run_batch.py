@@ -1,6 +1,7 @@
 import asyncio
 import itertools
 import json
+import os
 import random
 import signal
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 from mili.batch_file import BatchOutput, read_batch
 from mili.errors import ConfigError, EngineDeadError
 from mili.run_batch import run_batch
-from support.api import Recorder, make_app
+from mili.server.app import create_app
+from mili.server.config import ServerConfig
 from support.batch_app import BatchApp
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -260,7 +262,8 @@ import asyncio, itertools, sys
 from pathlib import Path
 from mili.batch_file import BatchOutput, read_batch
 from mili.run_batch import run_batch
-from support.api import Recorder, make_app
+from mili.server.app import create_app
+from mili.server.config import ServerConfig
 from support.batch_app import BatchApp
 paths = Path(sys.argv[1]), Path(sys.argv[2])
 with BatchOutput(*paths) as output:
@@ -310,7 +313,7 @@ def test_the_real_application_answers_and_refuses(live_llm, tmp_path):
     path = write_lines(tmp_path / "in.jsonl", lines)
     written = []
     run = run_batch(
-        *(make_app(live_llm, Recorder()), read_batch(path), written.append),
+        *(create_app(live_llm, ServerConfig()), read_batch(path), written.append),
         max_in_flight=8,
         check_health=live_llm.check_health,
         on_written=lambda: None,
@@ -330,3 +333,41 @@ def test_the_real_application_answers_and_refuses(live_llm, tmp_path):
         if item["response"] and item["response"]["status_code"] == 200
     )
     assert live_llm.num_unfinished == 0
+
+
+def test_the_command_goes_on_after_ctrl_c_with_the_same_answers(tmp_path):
+    def command(output_path):
+        words = ("run-batch", "-i", path, "-o", output_path, "--max-num-seqs", "2", "--served-model-name", "any-name")
+        return [sys.executable, "-m", "mili", *map(str, words), "--device", "cpu"]
+
+    def texts(output_path):
+        items = read_lines(output_path)
+        assert [item["custom_id"] for item in items] == [f"c{i}" for i in range(41)]
+        assert items[20]["response"]["status_code"] == 400
+        return [
+            item["response"]["body"]["choices"][0]["text"] for item in items if item["response"]["status_code"] == 200
+        ]
+
+    lines = [line(f"c{i}", model="any-name", temperature=0, max_tokens=40, ignore_eos=True) for i in range(41)]
+    lines[20]["body"]["max_tokens"] = -1
+    path = write_lines(tmp_path / "in.jsonl", lines)
+    options = {"env": {**os.environ, "PYTHONPATH": str(ROOT / "src")}, "text": True, "stderr": subprocess.PIPE}
+    output_path = tmp_path / "out.jsonl"
+    output_path.touch()
+    process = subprocess.Popen(command(output_path), **options)
+    deadline = time.monotonic() + 120
+    while output_path.read_bytes().count(b"\n") < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, "the same command goes on" in err) == (130, True), err
+    num_before = len(read_lines(output_path))
+    assert 5 <= num_before < 41
+    second = subprocess.run(command(output_path), timeout=120, **options)
+    assert second.returncode == 0, second.stderr
+    assert f"{41 - num_before} lines in" in second.stderr and f"after {num_before} of an earlier run" in second.stderr
+    third = subprocess.run(command(output_path), timeout=60, **options)
+    assert (third.returncode, third.stderr) == (0, f"{output_path} has all 41 lines already\n")
+    whole = subprocess.run(command(tmp_path / "whole.jsonl"), timeout=120, **options)
+    assert whole.returncode == 0 and "40 succeeded, 1 failed" in whole.stderr
+    assert texts(output_path) == texts(tmp_path / "whole.jsonl")

@@ -110,10 +110,12 @@ def serve(**options: Any) -> None:
         raise click.UsageError("--endpoint chat takes --prompt-kind text.")
     if options["seed"] is None:  # a prefix cache would know the prompts of an earlier run with the same seed
         options["seed"] = secrets.randbits(32)
-    import uvloop
+    try:
+        import uvloop
 
-    from mili.cli.serving.results import table
-
+        from mili.cli.serving.results import table
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f'{error.name} is not installed: pip install "mili[serve]"') from error
     _allow_open_files(options["num_requests"])
     result, details = uvloop.run(_run(options))
     if not options["only_json"]:

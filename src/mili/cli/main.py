@@ -23,8 +23,6 @@ from mili.cli.run_batch import run_batch
 from mili.cli.serve import serve
 from mili.errors import MiliError
 
-_SERVE_EXTRA = frozenset({"aiohttp", "fastapi", "httptools", "httpx2", "prometheus_client", "uvicorn", "uvloop"})
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(mili.__version__, prog_name="mili")
@@ -65,8 +63,6 @@ def _one_line(error: Exception) -> str:
         return _joined(error.format_message())
     if isinstance(error, (MiliError, OSError)):
         return _joined(str(error))
-    if isinstance(error, ModuleNotFoundError) and error.name in _SERVE_EXTRA:
-        return f"{error.name} is not installed: pip install 'mili[serve]'"
     return f"{type(error).__name__}: {_joined(str(error))} (--traceback shows where; please report it)"
 
 

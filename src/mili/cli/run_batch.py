@@ -6,8 +6,6 @@ goes on where it stopped.
 
 import asyncio
 import itertools
-import logging
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mili.cli.options import MODEL_KEYS, model_options, traceback_option
+from mili.cli.options import MODEL_KEYS, model_options, show_progress, traceback_option
+from mili.server.config import ServerConfig
 
 if TYPE_CHECKING:
-    from mili.async_llm import AsyncLLM
     from mili.batch_file import BatchOutput
     from mili.run_batch import BatchSummary
 
@@ -51,50 +49,50 @@ def run_batch(
         if num_before == output.num_lines:
             click.echo(f"{output_path} has all {num_before} lines already", err=True)
             return
-        started = time.perf_counter()
         try:
-            summary = _answer(input_path, output, served_model_name, options)
+            config = ServerConfig(served_model_name=served_model_name, access_log=False)
+            summary, seconds = _answer(input_path, output, config, options)
         except KeyboardInterrupt:
             click.echo("stopped; the same command goes on from here", err=True)
             raise
-    click.echo(_report(summary, num_before, time.perf_counter() - started), err=True)
+    click.echo(_report(summary, seconds, num_before), err=True)
 
 
-def _answer(input_path: Path, output: "BatchOutput", served_model_name: str | None, options: Any) -> "BatchSummary":
+def _answer(
+    input_path: Path, output: "BatchOutput", config: ServerConfig, options: Mapping[str, Any]
+) -> "tuple[BatchSummary, float]":
+    """Load the model and answer the rest of the lines; what became of them, and the seconds without the load."""
     from tqdm import tqdm
 
     from mili.batch_file import read_batch
-    from mili.run_batch import run_batch as run
-    from mili.server.app import create_app
-    from mili.server.config import ServerConfig
 
-    async def answer_all(llm: "AsyncLLM") -> "BatchSummary":
-        app = create_app(llm, ServerConfig(served_model_name=served_model_name, access_log=False))
+    try:
+        from mili.run_batch import run_batch as run
+        from mili.server.app import create_app
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f'{error.name} is not installed: pip install "mili[serve]"') from error
+    from mili.async_llm import AsyncLLM
+
+    async def answer_all(llm: AsyncLLM) -> "BatchSummary":
         lines = itertools.islice(read_batch(input_path), output.num_done, None)
         with tqdm(total=output.num_lines, initial=output.num_done, unit="line", disable=None) as bar:
             return await run(
-                *(app, lines, output.write),
+                *(create_app(llm, config), lines, output.write),
                 max_in_flight=2 * llm.max_num_seqs,  # so that whoever finishes has a successor waiting
                 check_health=llm.check_health,
                 on_written=bar.update,
             )
 
-    llm = _build_llm(options)
+    show_progress()
+    llm = AsyncLLM(**{key: options[key] for key in MODEL_KEYS if options.get(key) is not None})
+    started = time.perf_counter()
     try:
-        return asyncio.run(answer_all(llm))
+        return asyncio.run(answer_all(llm)), time.perf_counter() - started
     finally:
         llm.close()
 
 
-def _build_llm(options: Mapping[str, Any]) -> "AsyncLLM":
-    from mili.async_llm import AsyncLLM
-
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("mili").setLevel(logging.INFO)  # says why the first start takes its time
-    return AsyncLLM(**{key: options[key] for key in MODEL_KEYS if options.get(key) is not None})
-
-
-def _report(summary: "BatchSummary", num_before: int, seconds: float) -> str:
+def _report(summary: "BatchSummary", seconds: float, num_before: int) -> str:
     num_new = summary.num_succeeded + summary.num_failed
     text = f"{num_new} lines in {seconds:.1f} s: {summary.num_succeeded} succeeded, {summary.num_failed} failed"
     if num_before:
