@@ -10,12 +10,14 @@ from ._sampling_math import (
     NUM_INTS,
     U32,
     U64,
+    _allowed,
     _edited,
     _exp,
     _key,
     _key_value,
     _log_total,
     _logprob,
+    _mask_word,
     _mass_high,
     _mass_low,
     _multiply_high,
@@ -164,6 +166,22 @@ def _choose(x: Ptr[F32], v: Int, floats: Ptr[F32], ints: Ptr[DType.int32]) -> In
     return _draw(x, v, _key_value(top_key), inverse, lowest, floats[unsafe_offset=2], random)
 
 
+@always_inline
+def _copy_allowed(x: Ptr[F32], raw: Ptr[F32], v: Int, mask: Ptr[DType.int32], num_words: Int):
+    """Copies the logits of the tokens that the mask allows; the others become -inf."""
+    comptime NONE = SIMD[F32, W](_key_value(LOWEST_KEY))
+    for start in range(0, v, 32):
+        var word = _mask_word(mask, num_words, start >> 5)
+        if start + 32 <= v:
+            comptime for at in range(0, 32, W):
+                var bits = SIMD[U32, W](word) >> (iota[U32, W]() + UInt32(at))
+                var logits = raw.unsafe_load[width=W](start + at)
+                x.unsafe_store(start + at, (bits & 1).ne(0).select(logits, NONE))
+        else:
+            for i in range(start, v):
+                x[unsafe_offset=i] = raw[unsafe_offset=i] if _allowed(mask, num_words, i) else NONE[0]
+
+
 def _sample_cpu(
     token_ids: Ptr[DType.int32],
     logprobs: Ptr[F32],
@@ -177,6 +195,9 @@ def _sample_cpu(
     edit_starts: Ptr[DType.int32],
     edit_ids: Ptr[DType.int32],
     edit_values: Ptr[F32],
+    masks: Ptr[DType.int32],
+    num_masks: Int,
+    num_words: Int,
     rows: Int,
     v: Int,
 ):
@@ -191,13 +212,19 @@ def _sample_cpu(
         var x = raw
         var edit = Int(edit_starts[unsafe_offset=r])
         var end = Int(edit_starts[unsafe_offset=r + 1])
-        if edit < end:
+        var own_mask = Int(row_ints[unsafe_offset=6])
+        var masked = 0 <= own_mask and own_mask < num_masks
+        if edit < end or masked:
             x = scratch.unsafe_offset(r * v)
-            for i in range(v):
-                x[unsafe_offset=i] = raw[unsafe_offset=i]
+            var mask = masks.unsafe_offset(own_mask * num_words if masked else 0)
+            if masked:
+                _copy_allowed(x, raw, v, mask, num_words)
+            else:
+                for i in range(v):
+                    x[unsafe_offset=i] = raw[unsafe_offset=i]
             while edit < end:
                 var token_id = Int(edit_ids[unsafe_offset=edit])
-                if 0 <= token_id and token_id < v:
+                if 0 <= token_id and token_id < v and (not masked or _allowed(mask, num_words, token_id)):
                     x[unsafe_offset=token_id] = _edited(raw[unsafe_offset=token_id], edit_values, edit)
                 edit += 1
         var token = _choose(x, v, floats.unsafe_offset(r * NUM_FLOATS), row_ints)

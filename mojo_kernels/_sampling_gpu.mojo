@@ -9,149 +9,21 @@ from max.gpu.host import Dim
 from std.utils.static_tuple import StaticTuple
 
 from ._prelude import *
-from ._sampling_block_gpu import (
-    LIST_IDS,
-    LIST_KEYS,
-    NUM_WORDS,
-    THREADS,
-    VEC,
-    WARPS,
-    WARP_HIGHS,
-    WARP_LOWS,
-    Words,
-    _argmax,
-    _block_sum,
-    _each,
-    _load,
-    _of_peers,
-    _rank,
-    _row_barrier,
-    _store_wide,
-    _warp_sum,
-    _wide,
-)
-from ._sampling_filter_gpu import _filter
+from ._sampling_block_gpu import LIST_IDS, LIST_KEYS, NUM_WORDS, THREADS, VEC, Words, _argmax, _each, _rank, _row_barrier
+from ._sampling_draw_gpu import _choose
 from ._sampling_logprobs_gpu import _list_top, _rank_of, _total_mass
 from ._sampling_math import (
     LOWEST_KEY,
     MAX_LOGPROBS,
     NUM_FLOATS,
     NUM_INTS,
-    U32,
-    U64,
+    _allowed,
     _edited,
-    _exp,
-    _join,
     _key,
     _key_value,
     _log_total,
     _logprob,
-    _mass_high,
-    _mass_low,
-    _multiply_high,
-    _random,
-    _reciprocal,
-    _scaled,
 )
-
-
-def _draw[
-    ALIGN: Int, C: Int
-](
-    words: Words, x: Ptr[F32], v: Int, top: Float32, inverse: Float32, lowest: UInt32, min_p: Float32, random: UInt64
-) -> Int:
-    """Inverse transform sampling in the order of token ids, over the masses that the filters keep.
-
-    The blocks of a cluster sum one part of the row each, and all go on in the part in which the random number falls. There the
-    warps sum a 32nd of the segment each, the one in which the number falls is the next segment.
-    """
-    var least = min(max(min_p, Float32(0)), Float32(1))  # so that the likeliest token is kept whatever min_p is
-
-    @always_inline
-    def kept(logits: SIMD[F32, VEC]) {imm} -> SIMD[F32, VEC]:
-        var e = _exp(_scaled(logits, top, inverse))
-        return (_key(logits).ge(lowest) & e.ge(least)).select(e, SIMD[F32, VEC](0))
-
-    @always_inline
-    def mass_of(start: Int, end: Int, step: Int) {imm} -> UInt64:
-        """What the logits start..start+3, those step later and so on weigh together."""
-        var i = start
-        var high_sum = SIMD[U32, VEC](0)
-        var low_sum = SIMD[U32, VEC](0)
-        while i < end:
-            var e = kept(_load[ALIGN](x, i, end))
-            var high = _mass_high(e)
-            high_sum += high
-            low_sum += _mass_low(e, high)
-            i += step
-        return _join(high_sum.cast[U64]().reduce_add(), low_sum.cast[U64]().reduce_add())
-
-    var start = 0
-    var end = v
-    var rest = UInt64(0)
-    comptime if C > 1:
-        var part = ceildiv(ceildiv(v, C), VEC) * VEC
-        var first = _rank[C]() * part
-        var own_mass = mass_of(first + thread_idx.x * VEC, min(first + part, v), THREADS * VEC)
-        var masses = _of_peers[C](words, _block_sum(words, own_mass))
-        rest = _multiply_high(random, _warp_sum(masses))  # uniform in 0..total-1
-        if thread_idx.x < C:
-            _store_wide(words, WARP_LOWS + thread_idx.x, WARP_HIGHS + thread_idx.x, masses)
-        barrier()
-        var mass = _wide(words, WARP_LOWS, WARP_HIGHS)
-        while rest >= mass:
-            rest -= mass
-            start += 1
-            mass = _wide(words, WARP_LOWS + start, WARP_HIGHS + start)
-        barrier()
-        start *= part
-        end = min(start + part, v)
-    while end - start > VEC:
-        var part = ceildiv(ceildiv(end - start, WARPS), VEC) * VEC
-        var own_end = min(start + (warp_id() + 1) * part, end)
-        var total = _warp_sum(mass_of(start + warp_id() * part + lane_id() * VEC, own_end, 32 * VEC))
-        if lane_id() == 0:
-            _store_wide(words, WARP_LOWS + warp_id(), WARP_HIGHS + warp_id(), total)
-        barrier()
-        if C == 1 and end - start == v:
-            total = _warp_sum(_wide(words, WARP_LOWS + lane_id(), WARP_HIGHS + lane_id()))
-            rest = _multiply_high(random, total)  # uniform in 0..total-1
-        var own = 0
-        var mass = _wide(words, WARP_LOWS, WARP_HIGHS)
-        while rest >= mass:
-            rest -= mass
-            own += 1
-            mass = _wide(words, WARP_LOWS + own, WARP_HIGHS + own)
-        start += own * part
-        end = min(start + part, end)
-        barrier()
-    var e = kept(_load[ALIGN](x, start, end))
-    var high = _mass_high(e)
-    var mass = (high.cast[U64]() << 20) + _mass_low(e, high).cast[U64]()
-    if C == 1 and v <= VEC:
-        rest = _multiply_high(random, mass.reduce_add())
-    comptime for lane in range(VEC - 1):
-        if rest < mass[lane]:
-            return start + lane
-        rest -= mass[lane]
-    return start + VEC - 1
-
-
-def _choose[ALIGN: Int, C: Int](words: Words, x: Ptr[F32], v: Int, floats: Ptr[F32], ints: Ptr[DType.int32]) -> Int:
-    """The token that the row's parameters pick from the edited logits x."""
-    var token = 0
-    var top_key = _argmax[ALIGN, C](words, x, v, token)
-    var temperature = floats[unsafe_offset=0]
-    if not temperature > 0 or top_key == LOWEST_KEY:
-        return token
-    var inverse = _reciprocal(temperature)
-    var lowest = _filter[ALIGN, C](words, x, v, top_key, inverse, Int(ints[unsafe_offset=0]), floats[unsafe_offset=1])
-    var random = _random(
-        bitcast[U32, 1](ints[unsafe_offset=3]),
-        bitcast[U32, 1](ints[unsafe_offset=4]),
-        bitcast[U32, 1](ints[unsafe_offset=5]),
-    )
-    return _draw[ALIGN, C](words, x, v, _key_value(top_key), inverse, lowest, floats[unsafe_offset=2], random)
 
 
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))  # so that the registers suffice
@@ -170,6 +42,9 @@ def _sample_kernel[
     edit_starts: Ptr[DType.int32],
     edit_ids: Ptr[DType.int32],
     edit_values: Ptr[F32],
+    masks: Ptr[DType.int32],
+    num_masks: Int32,
+    num_words: Int32,
     v32: Int32,
 ):
     comptime assert WARP_SIZE == 32, "a warp holds one value per warp of the block"
@@ -183,19 +58,31 @@ def _sample_kernel[
     var x = raw
     var first_edit = Int(edit_starts[unsafe_offset=r])
     var end_edit = Int(edit_starts[unsafe_offset=r + 1])
-    if first_edit < end_edit:
+    var own_mask = Int(row_ints[unsafe_offset=6])
+    var masked = 0 <= own_mask and own_mask < Int(num_masks)
+    if first_edit < end_edit or masked:
         x = scratch.unsafe_offset(r * v)
+        var mask_len = Int(num_words)
+        var mask = masks.unsafe_offset(own_mask * mask_len if masked else 0)
 
         def copy(i: Int, values: SIMD[F32, VEC]) {imm}:
             comptime for lane in range(VEC):
                 if i + lane < v:
                     x[unsafe_offset=i + lane] = values[lane]
 
-        _each[ALIGN, C](raw, v, copy)
+        def copy_allowed(i: Int, values: SIMD[F32, VEC]) {imm}:
+            comptime for lane in range(VEC):
+                if i + lane < v:
+                    x[unsafe_offset=i + lane] = values[lane] if _allowed(mask, mask_len, i + lane) else _key_value(LOWEST_KEY)
+
+        if masked:
+            _each[ALIGN, C](raw, v, copy_allowed)
+        else:
+            _each[ALIGN, C](raw, v, copy)
         _row_barrier[C]()
         for edit in range(first_edit + _rank[C]() * THREADS + thread_idx.x, end_edit, C * THREADS):
             var token_id = Int(edit_ids[unsafe_offset=edit])
-            if 0 <= token_id and token_id < v:
+            if 0 <= token_id and token_id < v and (not masked or _allowed(mask, mask_len, token_id)):
                 x[unsafe_offset=token_id] = _edited(raw[unsafe_offset=token_id], edit_values, edit)
         _row_barrier[C]()
 
@@ -254,6 +141,9 @@ def _sample_gpu(
     edit_starts: Ptr[DType.int32],
     edit_ids: Ptr[DType.int32],
     edit_values: Ptr[F32],
+    masks: Ptr[DType.int32],
+    num_masks: Int,
+    num_words: Int,
     rows: Int,
     v: Int,
     ctx: DeviceContext,
@@ -276,6 +166,9 @@ def _sample_gpu(
             edit_starts,
             edit_ids,
             edit_values,
+            masks,
+            Int32(num_masks),
+            Int32(num_words),
             Int32(v),
             grid_dim=(C, rows),
             block_dim=THREADS,

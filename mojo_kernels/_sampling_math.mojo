@@ -28,7 +28,7 @@ comptime HIGHEST_KEY = UInt32(0xFF7FFFFF)  # the key of the largest finite float
 
 comptime MAX_LOGPROBS = 20  # columns of top_ids; mili.sampling_params writes the same number
 comptime NUM_FLOATS = 3  # columns of floats: temperature, top_p, min_p
-comptime NUM_INTS = 6  # columns of ints: top_k, num_logprobs, target_id, seed_lo, seed_hi, position
+comptime NUM_INTS = 7  # columns of ints: top_k, num_logprobs, target_id, seed_lo, seed_hi, position, mask
 
 
 @always_inline
@@ -174,6 +174,18 @@ def _edited(logit: Float32, values: Ptr[F32], edit: Int) -> Float32:
     var repetition = values[unsafe_offset=edit * 3 + 1]
     var subtract = values[unsafe_offset=edit * 3 + 2]
     return x / repetition - subtract if x > 0 else x.fma(repetition, -subtract)
+
+
+@always_inline
+def _mask_word(mask: Ptr[DType.int32], num_words: Int, at: Int) -> UInt32:
+    """Which of the tokens 32 at .. 32 at + 31 may be drawn; none past the last word."""
+    return bitcast[U32, 1](mask[unsafe_offset=at]) if at < num_words else 0
+
+
+@always_inline
+def _allowed(mask: Ptr[DType.int32], num_words: Int, token_id: Int) -> Bool:
+    """Whether the mask has the token's bit."""
+    return (_mask_word(mask, num_words, token_id >> 5) >> UInt32(token_id & 31)) & 1 != 0
 
 
 @always_inline

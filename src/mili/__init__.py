@@ -8,27 +8,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mili.async_llm import AsyncLLM
     from mili.config import EngineConfig, ModelConfig
-    from mili.errors import ConfigError, MiliError, RequestError, UnsupportedModelError, WeightError
+    from mili.errors import (
+        ConfigError,
+        EngineDeadError,
+        MiliError,
+        QueueFullError,
+        RequestError,
+        UnsupportedModelError,
+        WeightError,
+    )
     from mili.llm import LLM
     from mili.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
     from mili.sampling_params import SamplingParams
+    from mili.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "ConfigError",
     "EngineConfig",
+    "EngineDeadError",
     "FinishReason",
     "Logprob",
     "MiliError",
     "ModelConfig",
+    "QueueFullError",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UnsupportedModelError",
     "WeightError",
     "__version__",
@@ -51,9 +65,19 @@ def __dir__() -> list[str]:
 
 def _modules() -> dict[str, tuple[str, ...]]:
     return {
+        "mili.async_llm": ("AsyncLLM",),
         "mili.config": ("EngineConfig", "ModelConfig"),
-        "mili.errors": ("ConfigError", "MiliError", "RequestError", "UnsupportedModelError", "WeightError"),
+        "mili.errors": (
+            "ConfigError",
+            "EngineDeadError",
+            "MiliError",
+            "QueueFullError",
+            "RequestError",
+            "UnsupportedModelError",
+            "WeightError",
+        ),
         "mili.llm": ("LLM",),
         "mili.outputs": ("CompletionOutput", "FinishReason", "Logprob", "RequestMetrics", "RequestOutput"),
         "mili.sampling_params": ("SamplingParams",),
+        "mili.structured_outputs": ("StructuredOutputsParams",),
     }

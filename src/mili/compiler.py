@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from max import driver
 from max.dtype import DType
@@ -23,10 +24,11 @@ from max.engine.api import CompiledModel, read
 from max.graph import DeviceRef
 
 from mili.config import ModelConfig
+from mili.errors import ConfigError
 from mili.models.qwen3 import build_graph
 from mili.ops._call import kernels_path
 
-__all__ = ["Target", "artefact_key", "artefact_path", "cache_folder", "compiled_step"]
+__all__ = ["Target", "artefact_key", "artefact_path", "cache_folder", "compile_step", "compiled_step", "export"]
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +71,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mili"
 
 
-def artefact_key(config: ModelConfig, dtype: str, page_size: int, target: Target) -> str:
-    """Hex digest of everything a compiled step depends on."""
+def artefact_facts(config: ModelConfig, dtype: str, page_size: int, target: Target) -> dict[str, Any]:
+    """Everything a compiled step depends on."""
     # --8<-- [start:key]
-    facts = {
+    return {
         "max": version("max"),
         "sources": _sources_digest(),
         "config": {name: getattr(config, name) for name in _GRAPH_FIELDS},
@@ -80,45 +82,88 @@ def artefact_key(config: ModelConfig, dtype: str, page_size: int, target: Target
         "page_size": page_size,
         "target": asdict(target),
     }
+
+
+def artefact_key(facts: dict[str, Any]) -> str:
+    """Hex digest of `artefact_facts`."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     # --8<-- [end:key]
 
 
-def artefact_path(config: ModelConfig, dtype: str, page_size: int, target: Target) -> Path:
-    """Where the compiled step is or will be."""
-    return cache_folder() / f"qwen3-{artefact_key(config, dtype, page_size, target)}.mef"
+def artefact_path(facts: dict[str, Any], folder: Path | None = None) -> Path:
+    """Where the compiled step is or will be, in the cache unless `folder` is given."""
+    return (folder or cache_folder()) / f"qwen3-{artefact_key(facts)}.mef"
 
 
 def compiled_step(
-    session: InferenceSession, config: ModelConfig, dtype: str, page_size: int, target: Target
+    session: InferenceSession,
+    config: ModelConfig,
+    dtype: str,
+    page_size: int,
+    target: Target,
+    folder: Path | None = None,
 ) -> CompiledModel:
     """Return the compiled graph of one step, from the cache if it is there; compile and keep it otherwise.
 
     An unreadable artefact is compiled anew. A cache folder that cannot be written costs the next start, not this one.
+    With `folder`, made by `mili compile`, nothing is compiled: ConfigError says what its graphs were made for instead.
     """
-    path = artefact_path(config, dtype, page_size, target)
+    facts = artefact_facts(config, dtype, page_size, target)
+    path = artefact_path(facts, folder)
+    if folder is not None and not path.is_file():
+        raise ConfigError(_mismatch(folder, facts))
     if path.is_file():
         try:
             return read(path)
         except Exception as error:
+            if folder is not None:
+                raise ConfigError(f"{path} is not readable: compile it again ({error})") from error
             log.warning("compiling again: %s is not readable (%s)", path, error)
     log.info("compiling the %d-layer network for %s (once; kept in %s)", config.num_hidden_layers, target.kind, path)
-    device = DeviceRef.CPU() if target.kind == "cpu" else DeviceRef.GPU()
-    before = driver.get_virtual_cpu_target()
-    if target.kind == "gpu":
-        driver.set_virtual_cpu_target(_GPU_HOST_CPU)
+    compiled = compile_step(session, config, dtype, page_size, target)
     try:
-        compiled = session.compile(build_graph(config, DType[dtype], page_size, device))
-    finally:
-        driver.set_virtual_cpu_target(before)
-    try:
-        _export(compiled, path)
+        export(compiled, path)
     except OSError as error:
         log.warning("the compiled graph could not be kept in %s: %s", path.parent, error)
     return compiled
 
 
-def _export(compiled: CompiledModel, path: Path) -> None:
+def compile_step(
+    session: InferenceSession, config: ModelConfig, dtype: str, page_size: int, target: Target
+) -> CompiledModel:
+    """Compile the graph of one step; a GPU `target` needs a real or virtual device of its kind in `session`."""
+    device = DeviceRef.CPU() if target.kind == "cpu" else DeviceRef.GPU()
+    before = driver.get_virtual_cpu_target()
+    if target.kind == "gpu":
+        driver.set_virtual_cpu_target(_GPU_HOST_CPU)
+    try:
+        return session.compile(build_graph(config, DType[dtype], page_size, device))
+    finally:
+        driver.set_virtual_cpu_target(before)
+
+
+def _mismatch(folder: Path, wanted: dict[str, Any]) -> str:
+    """What `folder` has instead of a graph made for `wanted`: the one that differs least, and in what."""
+    notes = [json.loads(path.read_text()) for path in sorted(folder.glob("qwen3-*.json"))]
+    if not notes:
+        return f"compiled={str(folder)!r} holds no compiled graph: make one with `mili compile MODEL -o {folder}`"
+
+    def differences(made: dict[str, Any]) -> list[str]:
+        found = []
+        for name, value in wanted.items():
+            if isinstance(value, dict):
+                found += [
+                    f"{k} {made[name].get(k)!r} (wanted {v!r})" for k, v in value.items() if made[name].get(k) != v
+                ]
+            elif made.get(name) != value:
+                found.append(f"{name} {made.get(name)!r} (wanted {value!r})")
+        return found
+
+    least = min(map(differences, notes), key=len)
+    return f"compiled={str(folder)!r} was made for {', '.join(least)}: compile it again, with this mili, for this model"
+
+
+def export(compiled: CompiledModel, path: Path) -> None:
     """Write beside the final name and rename, so that a reader never sees half an artefact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

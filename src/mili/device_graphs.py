@@ -67,13 +67,14 @@ class DecodeGraphs:
     def run(self, arrays: Arrays) -> list[Buffer] | None:
         """Replay the step, capturing its bucket first if it is new; None if it is no plain decode step.
 
-        A plain decode step has one token and one row of logits a request, and no logit edits. Outputs have the
-        bucket's number of rows; the first R are the step's. They are overwritten by the next replay.
+        A plain decode step has one token and one row of logits a request, and no logit edits or masks. Outputs have
+        the bucket's number of rows; the first R are the step's. They are overwritten by the next replay.
         """
         requests = len(arrays["seq_lens"])
         if len(arrays["token_ids"]) != requests or len(arrays["logit_rows"]) != requests:
             return None
-        if int(arrays["edit_starts"][-1]):
+        # Room for masks in every bucket would be uploaded with every step: 19 KB a row, for a vocabulary of 151,936.
+        if int(arrays["edit_starts"][-1]) or (arrays["ints"][:, 6] >= 0).any():
             return None
         width = arrays["page_table"].shape[1]
         bucket = (_next_power(requests, 1), _next_power(width, _MIN_PAGES))
@@ -128,7 +129,7 @@ def _pad(arrays: Arrays, requests: int, width: int, page_size: int) -> dict[str,
     floats = more("floats", 0.0)  # temperature 0: the cheapest row
     floats[requests - extra :, 1] = 1.0
     ints = more("ints", 0)
-    ints[requests - extra :, 1:3] = -1  # no log-probabilities, no target
+    ints[requests - extra :, [1, 2, 6]] = -1  # no log-probabilities, no target, no mask
     return {
         "token_ids": more("token_ids", 0),
         "positions": more("positions", 0),
@@ -142,6 +143,7 @@ def _pad(arrays: Arrays, requests: int, width: int, page_size: int) -> dict[str,
         "edit_starts": np.zeros(requests + 1, np.int32),
         "edit_ids": arrays["edit_ids"][:1],
         "edit_values": arrays["edit_values"][:1],
+        "masks": arrays["masks"][:1],
         "max_query_len": np.array(1, np.int32),
         "max_seq_len": np.array(width * page_size, np.int32),  # grids must fit every step of the bucket
     }

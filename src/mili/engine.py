@@ -11,20 +11,19 @@ happens to one request never changes what another one generates.
 import itertools
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from mili.admission import RequestLimits, bad_word_ids, derived_seed
 from mili.batch import ForwardBatch
 from mili.cache import KVCache
-from mili.completion import Completion, token_logprobs
+from mili.completion import token_logprobs
 from mili.config import EngineConfig, ModelConfig
 from mili.counters import Counters
 from mili.errors import ConfigError, MiliError, RequestError
 from mili.outputs import FinishReason, RequestOutput
 from mili.request import Request, ScheduledRequest
-from mili.request_group import RequestGroup
-from mili.sampling import SamplerState, SamplingBatch, SamplingRow
+from mili.request_group import Child, RequestGroup
+from mili.sampling import SamplingBatch, SamplingRow
 from mili.sampling_params import SamplingParams
 from mili.scheduler import Scheduler
 from mili.tokenizer import Tokenizer
@@ -33,21 +32,19 @@ if TYPE_CHECKING:  # for their types only: importing the runner imports MAX
     from mili.runner import Runner, StepOutput
 
 
+class StepStats(NamedTuple):
+    """What one step did, for metrics."""
+
+    num_tokens: int  # computed, of prompts and of outputs
+    inter_token_seconds: list[float]  # since the token before, for each that was not its completion's first
+
+
 class Progress(NamedTuple):
     """Which requests a step moved on."""
 
     advanced: list[str]  # got a token; those that finished are among them
     finished: list[str]  # ended, or were taken down by an exception that `take` raises
-
-
-@dataclass(eq=False, slots=True)
-class _Child:
-    """One of a group's completions on its way."""
-
-    group: RequestGroup
-    request: Request
-    completion: Completion
-    sampler: SamplerState
+    stats: StepStats = StepStats(0, [])
 
 
 class Engine:
@@ -71,7 +68,7 @@ class Engine:
             )
         self.limits = RequestLimits(model.vocab_size, runner.max_model_len)
         self._groups: dict[str, RequestGroup] = {}
-        self._children: dict[Request, _Child] = {}  # the unfinished ones
+        self._children: dict[Request, Child] = {}  # the unfinished ones
         self._counters = Counters()
         self._ids = itertools.count()
         self._num_added = 0
@@ -99,44 +96,27 @@ class Engine:
             request_id = next(i for i in map(str, self._ids) if i not in self._groups)
         elif request_id in self._groups:
             raise RequestError(f"request_id {request_id!r} is in use: choose another or leave it out")
-        token_ids = tuple(prompt_token_ids)
         seed = derived_seed(self._seed, self._num_added) if params.seed is None else params.seed
         self._num_added += 1
-        bad_words = bad_word_ids(params.bad_words, self._tokenizer)
-        requests, completions = [], []
-        for index in range(params.n):
-            # The prompt is the same for all: its log-probabilities are computed with the first completion only.
-            own = params if index == 0 or params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
-            requests.append(
-                Request(
-                    id=request_id if params.n == 1 else f"{request_id}-{index}",
-                    prompt_token_ids=token_ids,
-                    params=own,
-                    max_len=self.limits.max_len(len(token_ids), params),
-                    eos_token_ids=self._eos_token_ids,
-                    seed=(seed + index) % 2**64,
-                )
-            )
-            completions.append(Completion(index, own, self._tokenizer))
-        group = RequestGroup(
-            id=request_id,
-            prompt=prompt,
-            requests=requests,
-            completions=completions,
-            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(token_ids),
-            arrival_time=self._now(),
+        group = RequestGroup(request_id, prompt, tuple(prompt_token_ids), params, arrival_time=self._now())
+        group.fork(
+            self.limits.max_len(len(prompt_token_ids), params),
+            seed,
+            self._eos_token_ids,
+            bad_word_ids(params.bad_words, self._tokenizer),
+            self._tokenizer,
         )
         self._groups[request_id] = group
-        for request, completion in zip(requests, completions, strict=True):
-            sampler = SamplerState(params, token_ids, request.stop_ids, bad_words, request.seed)
-            self._children[request] = _Child(group, request, completion, sampler)
-            self._scheduler.add(request)
+        for child in group.children:
+            self._children[child.request] = child
+            self._scheduler.add(child.request)
         return request_id
 
     def step(self) -> Progress:
         """Compute one step of whatever is running and waiting; nothing to do is no error.
 
-        An exception ends the requests that took part in the step, and `take` raises it for them; the others go on.
+        An exception ends the requests that took part in the step, or the one whose text or log-probabilities raised it,
+        and `take` raises it for them; the others go on.
         KeyboardInterrupt and its like end them too, and then leave this method.
         """
         # --8<-- [start:step]
@@ -209,7 +189,7 @@ class Engine:
         self._runner.close()
 
     def _take_in(
-        self, plan: list[ScheduledRequest], children: list[_Child], batch: ForwardBatch, output: "StepOutput"
+        self, plan: list[ScheduledRequest], children: list[Child], batch: ForwardBatch, output: "StepOutput"
     ) -> Progress:
         """Hand the sampled tokens to the scheduler, then to the completions."""
         now = self._now()
@@ -220,33 +200,48 @@ class Engine:
             self._keep_prompt_logprobs(children, batch, output)
         advanced: dict[str, None] = {}  # a set in order
         finished = []
+        latencies = []
         for request, row, token in zip(received, rows, tokens, strict=True):
-            child = self._children[request]
-            group, completion = child.group, child.completion
-            child.sampler.append(token)
+            child = self._children.get(request)
+            if child is None:  # taken down a moment ago with another completion of its group
+                continue
+            group = child.group
             if group.first_token_time is None:
                 group.first_token_time = now
                 self._counters.prompt_tokens += request.num_prompt_tokens
                 self._counters.prompt_tokens_cached += request.num_cached
-            if request.finish_reason is FinishReason.STOP:
-                completion.append_stop_token(token)
-            elif completion.append(token) and not request.finished:
-                self._scheduler.finish(request, FinishReason.STOP)
-            if (num_logprobs := request.params.logprobs) is not None:
-                named = self._tokenizer if request.params.detokenize else None
-                completion.add_logprobs(token_logprobs(output, row, token, num_logprobs, named))
+            if child.last_token_time is not None:
+                latencies.append(now - child.last_token_time)
+            child.last_token_time = now
+            try:
+                self._receive(child, output, row, token)
+            except Exception as error:  # one request's text must not take the others down
+                finished += self._fail([child], error)
+                continue
             advanced[group.id] = None
             group.has_news = True
-            if request.finish_reason is not None:
-                completion.finish(request.finish_reason, request.stop_reason)
-                self._forget(child)
-                if group.num_unfinished == 0:
-                    group.finished_time = now
-                    finished.append(group.id)
+            if group.num_unfinished == 0:
+                group.finished_time = now
+                finished.append(group.id)
         self._counters.generation_tokens += len(tokens)
-        return Progress(list(advanced), finished)
+        return Progress(list(advanced), finished, StepStats(len(batch.token_ids), latencies))
 
-    def _keep_prompt_logprobs(self, children: list[_Child], batch: ForwardBatch, output: "StepOutput") -> None:
+    def _receive(self, child: Child, output: "StepOutput", row: int, token: int) -> None:
+        """Turn a completion's next token into text; it may end with it."""
+        request, completion = child.request, child.completion
+        child.sampler.append(token)
+        if request.finish_reason is FinishReason.STOP:
+            completion.append_stop_token(token)
+        elif completion.append(token) and not request.finished:
+            self._scheduler.finish(request, FinishReason.STOP)
+        if (num_logprobs := request.params.logprobs) is not None:
+            named = self._tokenizer if request.params.detokenize else None
+            completion.add_logprobs(token_logprobs(output, row, token, num_logprobs, named))
+        if request.finish_reason is not None:
+            completion.finish(request.finish_reason, request.stop_reason)
+            self._forget(child)
+
+    def _keep_prompt_logprobs(self, children: list[Child], batch: ForwardBatch, output: "StepOutput") -> None:
         for row, (index, kind, position) in enumerate(batch.logit_owners):
             if kind == "prompt":
                 request, group = children[index].request, children[index].group
@@ -257,8 +252,8 @@ class Engine:
                     output, row, target, request.params.prompt_logprobs, named
                 )
 
-    def _fail(self, children: Iterable[_Child], error: Exception) -> list[str]:
-        """End the groups that took part in a step which raised; returns their ids."""
+    def _fail(self, children: Iterable[Child], error: Exception) -> list[str]:
+        """End the groups of `children`, which an exception took down; returns their ids."""
         groups = {child.group: None for child in children if child.group.num_unfinished}
         for group in groups:
             group.failure, group.has_news = error, True
@@ -268,25 +263,25 @@ class Engine:
 
     def _end(self, group: RequestGroup, reason: FinishReason | None) -> None:
         """Take the group's unfinished requests out of the scheduler, which frees their pages."""
-        for request, completion in zip(group.requests, group.completions, strict=True):
-            if completion.finish_reason is None:
-                self._scheduler.abort(request)
-                completion.finish(FinishReason.ABORT, None)
-                self._forget(self._children[request], count=reason is not None)
+        for child in group.children:
+            if child.request in self._children:
+                self._scheduler.abort(child.request)
+                if reason is not None:  # else nobody sees its text, and closing it may be what raised
+                    child.completion.finish(reason, None)
+                self._forget(child)
         group.finished_time = self._now()
 
-    def _forget(self, child: _Child, *, count: bool = True) -> None:
+    def _forget(self, child: Child) -> None:
         del self._children[child.request]
         child.group.num_unfinished -= 1
-        if count:
-            assert child.completion.finish_reason is not None
+        if child.completion.finish_reason is not None:
             self._counters.finished[child.completion.finish_reason] += 1
 
     def _now(self) -> float:
         return time.monotonic() + self._clock_offset
 
 
-def _sampling_batch(batch: ForwardBatch, children: Sequence[_Child]) -> SamplingBatch:
+def _sampling_batch(batch: ForwardBatch, children: Sequence[Child]) -> SamplingBatch:
     rows = []
     for index, kind, position in batch.logit_owners:
         if kind == "sample":

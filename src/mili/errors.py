@@ -4,7 +4,9 @@
     ├── ConfigError (also ValueError)       an engine option or a config field is wrong or does not fit
     │   └── UnsupportedModelError           the checkpoint asks for something mili does not implement
     ├── WeightError                         a tensor or a weight file is missing, damaged or of the wrong form
-    └── RequestError (also ValueError)      a prompt or a parameter of one request is wrong
+    ├── RequestError (also ValueError)      a prompt or a parameter of one request is wrong
+    ├── QueueFullError                      too many requests are waiting; try again later
+    └── EngineDeadError                     the engine has died or was closed
 
 The two that describe a bad value are also ``ValueError``, so that callers used to that name need not learn ours.
 Messages give the value received, the limit it broke and what to do about it. A broken invariant of mili itself is not
@@ -30,3 +32,11 @@ class WeightError(MiliError):
 
 class RequestError(MiliError, ValueError):
     """One request cannot be served: bad prompt or parameter. The engine goes on serving the others."""
+
+
+class QueueFullError(MiliError):
+    """The engine has as many unfinished requests as it may have; the same request can be served later."""
+
+
+class EngineDeadError(MiliError):
+    """The engine serves nothing any more; its cause is chained."""

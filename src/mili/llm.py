@@ -12,19 +12,15 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from mili.config import EngineConfig, GenerationDefaults, ModelConfig
-from mili.engine import Engine
-from mili.errors import MiliError, RequestError
+from mili.config import EngineConfig, ModelConfig
+from mili.errors import RequestError
+from mili.loaded_model import LoadedModel
 from mili.memory import MemoryPlan
-from mili.models.hub import resolve_model
 from mili.outputs import RequestOutput
 from mili.plan import ModelPlan, plan_model
-from mili.prompts import Prompt, PromptLike, match_params, parse_prompts
-from mili.runner import Runner
+from mili.prompts import Messages, Prompt, PromptLike, match_params, parse_prompts
 from mili.sampling_params import SamplingParams
 from mili.tokenizer import Tokenizer
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 class LLM:
@@ -44,6 +40,7 @@ class LLM:
         kv_cache_memory_bytes: int | None = None,
         enable_prefix_caching: bool = True,
         enforce_eager: bool = False,
+        compiled: str | Path | None = None,
         seed: int = 0,
         hf_overrides: Mapping[str, Any] | None = None,
         revision: str | None = None,
@@ -62,6 +59,7 @@ class LLM:
             kv_cache_memory_bytes: Size of the KV cache; None for what fits.
             enable_prefix_caching: Reuse the keys and values of prompts that begin alike.
             enforce_eager: Never replay captured device graphs.
+            compiled: A folder that `mili compile` wrote: load the kernels from there and compile nothing.
             seed: From which requests without a seed of their own get theirs.
             hf_overrides: Fields that replace those of config.json, for example rope_scaling to switch YaRN on.
             revision: Branch, tag or commit of a Hugging Face model.
@@ -82,24 +80,18 @@ class LLM:
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             enable_prefix_caching=enable_prefix_caching,
             enforce_eager=enforce_eager,
+            compiled=compiled,
             seed=seed,
         )
-        folder = resolve_model(model, revision)
-        self.model_config = ModelConfig.from_pretrained(folder, hf_overrides)
-        self._tokenizer = Tokenizer.from_pretrained(folder)
-        recommended: dict[str, Any] = GenerationDefaults.from_pretrained(folder).as_dict()
-        self._default_params = SamplingParams(**recommended)
-        runner = Runner(folder, self.model_config, config)
-        try:
-            self._engine: Engine | None = Engine(runner, self._tokenizer, self.model_config, config)
-        except BaseException:
-            runner.close()
-            raise
-        self.model: str = folder.name if model is None else str(model)
-        self.device: str = "cpu" if runner.device.is_host else f"gpu:{runner.device.id}"
-        self.dtype: str = runner.dtype
-        self.max_model_len: int = runner.max_model_len
-        self.memory: MemoryPlan = runner.memory
+        self._loaded = LoadedModel(model, config, hf_overrides, revision)
+        self._tokenizer = self._loaded.tokenizer
+        self._default_params = self._loaded.default_params
+        self.model: str = self._loaded.name
+        self.model_config: ModelConfig = self._loaded.config
+        self.device: str = self._loaded.device
+        self.dtype: str = self._loaded.dtype
+        self.max_model_len: int = self._loaded.max_model_len
+        self.memory: MemoryPlan = self._loaded.memory
 
     def generate(
         self,
@@ -117,7 +109,7 @@ class LLM:
         Raises:
             RequestError: A prompt or its parameters can never be served; then none of the prompts was begun.
         """
-        parsed = [self._encoded(prompt) for prompt in parse_prompts(prompts)]
+        parsed = [self._loaded.encode(prompt) for prompt in parse_prompts(prompts)]
         return self._run(parsed, match_params(sampling_params, len(parsed), self._default_params), use_tqdm)
 
     def chat(
@@ -147,13 +139,17 @@ class LLM:
         if not messages:
             raise RequestError("no conversation: messages is empty")
         conversations: list[Any] = [messages] if isinstance(messages[0], Mapping) else list(messages)
-        options = {
-            "chat_template": chat_template,
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-            "tools": tools,
-        }
-        prompts = [self._rendered(conversation, options, chat_template_kwargs) for conversation in conversations]
+        prompts = [
+            self._loaded.render_chat(
+                conversation,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
         return self._run(prompts, match_params(sampling_params, len(prompts), self._default_params), use_tqdm)
 
     def stream(self, prompt: PromptLike, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
@@ -162,7 +158,7 @@ class LLM:
         The request is checked now and begun by the first `next`; leaving the loop early aborts it. Several streams may
         be open at once and then share their steps.
         """
-        (parsed,) = (self._encoded(prompt) for prompt in _single(prompt))
+        (parsed,) = (self._loaded.encode(prompt) for prompt in _single(prompt))
         return self._checked_stream(parsed, sampling_params)
 
     def stream_chat(
@@ -177,13 +173,15 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[RequestOutput]:
         """Answer one conversation as `stream` does; the arguments are those of `chat`."""
-        options = {
-            "chat_template": chat_template,
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-            "tools": tools,
-        }
-        return self._checked_stream(self._rendered(messages, options, chat_template_kwargs), sampling_params)
+        prompt = self._loaded.render_chat(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self._checked_stream(prompt, sampling_params)
 
     @staticmethod
     def plan(model: str | Path | None = None, **options: Any) -> ModelPlan:
@@ -206,17 +204,15 @@ class LLM:
 
     def get_metrics(self) -> dict[str, float | dict[str, int]]:
         """Gauges and totals of the engine under vLLM's names, such as num_requests_running; see `Engine.metrics`."""
-        return self._open_engine().metrics()
+        return self._loaded.engine.metrics()
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False if some stay because open streams use them."""
-        return self._open_engine().reset_prefix_cache()
+        return self._loaded.engine.reset_prefix_cache()
 
     def close(self) -> None:
         """End open streams and free the device; safe to call again."""
-        if self._engine is not None:
-            engine, self._engine = self._engine, None
-            engine.close()
+        self._loaded.close()
 
     def __enter__(self) -> Self:
         return self
@@ -226,28 +222,9 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _open_engine(self) -> Engine:
-        if self._engine is None:
-            raise MiliError("this LLM is closed: make a new one")
-        return self._engine
-
-    def _encoded(self, prompt: Prompt) -> Prompt:
-        """`prompt` with its token ids."""
-        if prompt.token_ids is not None:
-            return prompt
-        assert prompt.text is not None
-        return Prompt(prompt.text, self._tokenizer.encode(prompt.text))
-
-    def _rendered(
-        self, messages: Messages, options: Mapping[str, Any], template_kwargs: Mapping[str, Any] | None
-    ) -> Prompt:
-        """The prompt of a conversation, as text and ids; the template has put the special tokens into the text."""
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options, **(template_kwargs or {}))
-        return Prompt(text, self._tokenizer.encode(text, add_special_tokens=False))
-
     def _run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], use_tqdm: bool) -> list[RequestOutput]:
         """Serve all of `prompts`, or raise with none of them left in the engine."""
-        engine = self._open_engine()
+        engine = self._loaded.engine
         for prompt, param in zip(prompts, params, strict=True):
             engine.limits.check(prompt.token_ids or (), param)
         ids: list[str] = []
@@ -269,11 +246,11 @@ class LLM:
 
     def _checked_stream(self, prompt: Prompt, sampling_params: SamplingParams | None) -> Iterator[RequestOutput]:
         (params,) = match_params(sampling_params, 1, self._default_params)
-        self._open_engine().limits.check(prompt.token_ids or (), params)
+        self._loaded.engine.limits.check(prompt.token_ids or (), params)
         return self._stream(prompt, params)
 
     def _stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[RequestOutput]:
-        engine = self._open_engine()
+        engine = self._loaded.engine
         request_id = engine.add(prompt.token_ids or (), params, prompt=prompt.text)
         try:
             finished = False
@@ -283,7 +260,7 @@ class LLM:
                 output = engine.take(request_id)
                 finished = output.finished
                 yield output
-                self._open_engine()
+                engine = self._loaded.engine  # raises if it was closed meanwhile
         finally:
             engine.abort(request_id)
 

@@ -14,6 +14,7 @@ from mili.sampling_params import SamplingParams
 
 # Text, token ids, or vLLM's dicts {"prompt": text} and {"prompt_token_ids": ids}.
 PromptLike: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+Messages: TypeAlias = Sequence[Mapping[str, Any]]  # {"role": ..., "content": ...} in order
 
 _KEYS = ("prompt", "prompt_token_ids")
 

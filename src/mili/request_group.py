@@ -3,11 +3,26 @@
 It gathers; it decides nothing. Invariant: it is finished exactly when all of its completions are.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from mili.completion import Completion
 from mili.outputs import RequestMetrics, RequestOutput, TokenLogprobs
 from mili.request import Request
+from mili.sampling import SamplerState
+from mili.sampling_params import SamplingParams
+from mili.tokenizer import Tokenizer
+
+
+@dataclass(eq=False, slots=True)
+class Child:
+    """One of a group's completions on its way."""
+
+    group: "RequestGroup"
+    request: Request  # the scheduler's side
+    completion: Completion  # the caller's side
+    sampler: SamplerState
+    last_token_time: float | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -16,37 +31,61 @@ class RequestGroup:
 
     id: str
     prompt: str | None
-    requests: list[Request]  # [n] the scheduler's side of each completion
-    completions: list[Completion]  # [n] the caller's side
-    prompt_logprobs: list[TokenLogprobs | None] | None  # one per prompt token, filled as they are computed
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
     arrival_time: float
-    first_scheduled_time: float | None = None
-    first_token_time: float | None = None
-    finished_time: float | None = None
-    failure: Exception | None = None  # of the step that took it down
-    has_news: bool = False  # something happened since the last output
-    num_unfinished: int = field(init=False)
+    children: list[Child] = field(init=False, default_factory=list)  # [n] in index order
+    prompt_logprobs: list[TokenLogprobs | None] | None = field(init=False, default=None)  # one per prompt token
+    first_scheduled_time: float | None = field(init=False, default=None)
+    first_token_time: float | None = field(init=False, default=None)
+    finished_time: float | None = field(init=False, default=None)
+    failure: Exception | None = field(init=False, default=None)  # what took it down
+    has_news: bool = field(init=False, default=False)  # something happened since the last output
+    num_unfinished: int = field(init=False, default=0)
 
-    def __post_init__(self) -> None:
-        self.num_unfinished = len(self.requests)
+    def fork(
+        self,
+        max_len: int,
+        seed: int,
+        eos_token_ids: frozenset[int],
+        bad_words: Sequence[Sequence[int]],
+        tokenizer: Tokenizer,
+    ) -> None:
+        """Make the `n` completions; completion i draws from the stream of seed + i."""
+        params = self.params
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * len(self.prompt_token_ids)
+        for index in range(params.n):
+            # The prompt is the same for all: its log-probabilities are computed with the first completion only.
+            own = params if index == 0 or params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
+            request = Request(
+                id=self.id if params.n == 1 else f"{self.id}-{index}",
+                prompt_token_ids=self.prompt_token_ids,
+                params=own,
+                max_len=max_len,
+                eos_token_ids=eos_token_ids,
+                seed=(seed + index) % 2**64,
+            )
+            sampler = SamplerState(own, self.prompt_token_ids, request.stop_ids, bad_words, request.seed)
+            self.children.append(Child(self, request, Completion(index, own, tokenizer), sampler))
+        self.num_unfinished = params.n
 
     def output(self) -> RequestOutput:
         """The state now; the completions' deltas start anew."""
-        first = self.requests[0]
         metrics = RequestMetrics(
             arrival_time=self.arrival_time,
             first_scheduled_time=self.first_scheduled_time,
             first_token_time=self.first_token_time,
             finished_time=self.finished_time,
-            num_preemptions=sum(request.num_preemptions for request in self.requests),
+            num_preemptions=sum(child.request.num_preemptions for child in self.children),
         )
         return RequestOutput(
             request_id=self.id,
             prompt=self.prompt,
-            prompt_token_ids=list(first.prompt_token_ids),
+            prompt_token_ids=list(self.prompt_token_ids),
             prompt_logprobs=None if self.prompt_logprobs is None else self.prompt_logprobs.copy(),
-            outputs=[completion.snapshot() for completion in self.completions],
+            outputs=[child.completion.snapshot() for child in self.children],
             finished=self.num_unfinished == 0,
-            num_cached_tokens=first.num_cached,
+            num_cached_tokens=self.children[0].request.num_cached,
             metrics=metrics,
         )

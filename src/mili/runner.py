@@ -60,7 +60,8 @@ class Runner:
         self.memory: MemoryPlan = plan_memory(model, engine, *device_memory(self.device), on_cpu=on_cpu)
         self.num_pages = self.memory.num_pages
         session = InferenceSession(devices=[self.device])
-        compiled = compiled_step(session, model, self.dtype, engine.page_size, Target.of(self.device))
+        ahead = None if engine.compiled is None else Path(engine.compiled)
+        compiled = compiled_step(session, model, self.dtype, engine.page_size, Target.of(self.device), ahead)
         compiled_at = time.perf_counter()
         self._weights = load_weights(folder, model, self.dtype, self.device)
         self._model = session.init(compiled, weights_registry=self._weights.registry)

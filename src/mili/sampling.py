@@ -1,4 +1,4 @@
-"""What the sampling op is told about each row of logits: parameters, random stream, and edits to single logits.
+"""What the sampling op is told about each row of logits: parameters, random stream, edits to single logits, masks.
 
 Pure NumPy. It knows sampling options and the token ids of one request at a time; it knows no logits, device or text.
 Invariant: a row depends on its own request only, never on its neighbours in the batch.
@@ -9,7 +9,7 @@ Invariant: a row depends on its own request only, never on its neighbours in the
 
 An edit replaces a logit by ``rep(logit + bias) - subtract``, where ``rep(x) = x / r if x > 0 else x * r``: first
 ``logit_bias`` and bans (bias -inf), then the repetition penalty (prompt and output), then frequency and presence
-penalties (output only). This order and the formulas are vLLM's.
+penalties (output only). This order and the formulas are vLLM's. A mask then leaves only the tokens whose bits are set.
 """
 
 import math
@@ -37,9 +37,10 @@ class SamplingRow(NamedTuple):
     """One row of logits; the arrays belong to the `SamplerState` and hold until its next `append`."""
 
     floats: tuple[float, float, float]  # temperature (0 is greedy), top_p, min_p
-    ints: tuple[int, int, int, int, int, int]  # as the columns of SamplingBatch.ints
+    ints: tuple[int, int, int, int, int, int]  # as the columns of SamplingBatch.ints but the last
     edit_ids: IntArray | None = None  # [e] distinct token ids
     edit_values: FloatArray | None = None  # [e, 3] bias, repetition, subtract
+    mask: IntArray | None = None  # [W] the tokens that may be drawn, token i as bit i % 32 of word i // 32
 
     @classmethod
     def scoring(cls, target_id: int, num_logprobs: int) -> "SamplingRow":
@@ -52,13 +53,14 @@ _UNUSED_ROW = SamplingRow.scoring(-1, -1)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SamplingBatch:
-    """The arrays of R rows with E edits in all, as `mili.ops.sampling.sample` takes them; all C-contiguous."""
+    """The arrays of R rows with E edits and G masks in all, as `mili.ops.sampling.sample` takes them; all C-contiguous."""
 
     floats: FloatArray  # [R, 3] temperature, top_p, min_p
-    ints: IntArray  # [R, 6] top_k, num_logprobs, target_id, seed_lo, seed_hi, position
+    ints: IntArray  # [R, 7] top_k, num_logprobs, target_id, seed_lo, seed_hi, position, row of masks or -1
     edit_starts: IntArray  # [R+1] row r has the edits edit_starts[r]..edit_starts[r+1]-1
     edit_ids: IntArray  # [E] distinct within a row; a lone unused entry if there are none
     edit_values: FloatArray  # [E, 3] bias, repetition, subtract
+    masks: IntArray  # [G, W]; a lone unused word if there are none
 
     @classmethod
     def build(cls, rows: Sequence[SamplingRow]) -> "SamplingBatch":
@@ -75,12 +77,17 @@ class SamplingBatch:
         else:
             edit_ids = np.zeros(1, dtype=np.int32)
             edit_values = np.zeros((1, 3), dtype=np.float32)
+        masked = [(index, row.mask) for index, row in enumerate(rows) if row.mask is not None]
+        ints = np.full((len(rows), 7), -1, dtype=np.int32)
+        ints[:, :6] = [row.ints for row in rows]
+        ints[[index for index, _ in masked], 6] = range(len(masked))
         return cls(
             floats=np.array([row.floats for row in rows], dtype=np.float32),
-            ints=np.array([row.ints for row in rows], dtype=np.int32),
+            ints=ints,
             edit_starts=edit_starts,
             edit_ids=edit_ids,
             edit_values=edit_values,
+            masks=np.stack([mask for _, mask in masked]) if masked else np.zeros((1, 1), dtype=np.int32),
         )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mili.errors import RequestError
+from mili.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 """Most alternatives per position that ``logprobs`` and ``prompt_logprobs`` may ask for."""
@@ -50,6 +51,8 @@ class SamplingParams:
         bad_words: Strings that must not be generated.
         skip_special_tokens: Leave special tokens out of the text.
         detokenize: Produce text; ``False`` gives token ids only.
+        structured_outputs: The form that the text must have; it ends where the form does, so ``ignore_eos`` and
+            ``min_tokens`` contradict it.
 
     Raises:
         RequestError: A value is out of range or contradicts another; the message names the field.
@@ -76,6 +79,7 @@ class SamplingParams:
     bad_words: Sequence[str] = ()
     skip_special_tokens: bool = True
     detokenize: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._set("n", _integer("n", self.n, 1))
@@ -105,6 +109,10 @@ class SamplingParams:
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise RequestError(
+                f"structured_outputs must be StructuredOutputsParams, got {type(self.structured_outputs).__name__}"
+            )
         self._check_contradictions()
 
     @property
@@ -127,6 +135,11 @@ class SamplingParams:
         if self.n > 1 and self.greedy:
             raise RequestError(
                 f"n ({self.n}) must be 1 when temperature is 0, every completion would be the same: raise temperature"
+            )
+        if self.structured_outputs is not None and (self.ignore_eos or self.min_tokens):
+            raise RequestError(
+                f"{'ignore_eos' if self.ignore_eos else 'min_tokens'} contradicts structured_outputs, whose form decides "
+                "where the text ends: leave one of them out"
             )
 
 

@@ -79,6 +79,10 @@ class Tokenizer:
         config = _read_config(folder / "tokenizer_config.json")
         return cls(backend, config, _read_chat_templates(folder, config))
 
+    def to_json(self) -> str:
+        """The vocabulary as the text of a ``tokenizer.json``, with the tokens that only the config lists."""
+        return self._backend.to_str()
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in it become their own ids.
 

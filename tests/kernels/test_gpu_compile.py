@@ -10,27 +10,6 @@ from support.checkpoints import write_checkpoint
 EM_CUDA = 190  # ELF machine number of device code
 NUM_OPS = 8  # embedding, two norms, linear, store, attention, silu, sample: each launches one kernel or more
 
-# In a process of its own: a virtual device is declared before MAX first looks for a real one, and does not go away.
-COMPILE = """
-import os, sys
-from pathlib import Path
-from max import driver
-
-driver.set_virtual_device_count(1)
-driver.set_virtual_device_api("cuda")
-driver.set_virtual_device_target_arch("sm_90a")
-
-from max.driver import Accelerator
-from max.engine import InferenceSession
-from mili.compiler import Target, artefact_path, compiled_step
-from mili.config import ModelConfig
-
-config, target = ModelConfig.from_pretrained(sys.argv[1]), Target("gpu", "sm_90a")
-compiled_step(InferenceSession(devices=[Accelerator()]), config, "bfloat16", 16, target)
-print(artefact_path(config, "bfloat16", 16, target), flush=True)
-os._exit(0)  # a virtual device's teardown is not of interest
-"""
-
 
 def device_images(artefact: bytes) -> list[bytes]:
     """The ELF images of GPU code inside a compiled graph, each from its header on."""
@@ -44,8 +23,9 @@ def device_images(artefact: bytes) -> list[bytes]:
 
 def test_the_step_compiles_for_a_hopper_gpu(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model")
-    command = [sys.executable, "-c", COMPILE, str(tmp_path / "model")]
-    environment = {**os.environ, "MILI_CACHE_DIR": str(tmp_path / "cache"), "MODULAR_TELEMETRY_ENABLED": "0"}
+    command = [sys.executable, "-m", "mili", "compile", str(tmp_path / "model"), "--target", "sm_90a"]
+    command += ["--dtype", "bfloat16", "-o", str(tmp_path / "out")]
+    environment = {**os.environ, "MODULAR_TELEMETRY_ENABLED": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     artefact = Path(done.stdout.strip().splitlines()[-1])

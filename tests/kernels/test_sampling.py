@@ -34,10 +34,11 @@ def input_types(device: DeviceRef) -> list[TensorType]:
     shapes: list[tuple[DType, list[str | int]]] = [
         (DType.float32, ["R", "V"]),
         (DType.float32, ["R", 3]),
-        (DType.int32, ["R", 6]),
+        (DType.int32, ["R", 7]),
         (DType.int32, ["R_plus_1"]),
         (DType.int32, ["E"]),
         (DType.float32, ["E", 3]),
+        (DType.int32, ["G", "W"]),
     ]
     return [TensorType(dtype, shape, device) for dtype, shape in shapes]
 
@@ -53,7 +54,7 @@ class Sampler:
         self.model = InferenceSession(devices=[device]).load(graph)
 
     def __call__(self, logits: Logits, batch: SamplingBatch) -> Result:
-        arrays = (logits, batch.floats, batch.ints, batch.edit_starts, batch.edit_ids, batch.edit_values)
+        arrays = [logits, batch.floats, batch.ints, batch.edit_starts, batch.edit_ids, batch.edit_values, batch.masks]
         buffers = [Buffer.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays]
         return Result(*(output.to(CPU()).to_numpy().copy() for output in self.model.execute(*buffers)))
 
@@ -333,6 +334,92 @@ def test_edits_outside_the_vocabulary_are_ignored(sampler: Sampler) -> None:
     assert sampler.rows(logits, rows).token_ids.tolist() == logits.argmax(1).tolist()
 
 
+# --- masks ---------------------------------------------------------------------------------------------------------
+
+
+def mask_of(vocab: int, allowed: Sequence[int]) -> npt.NDArray[np.int32]:
+    """[ceil(V / 32)] the bits of `allowed`; those past the vocabulary are set, which must not matter."""
+    bits = np.zeros(-(-vocab // 32) * 32, np.uint8)
+    bits[[*allowed, *range(vocab, len(bits))]] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 31, 32, 33, 64, 95, 1000, 8193, QWEN3_VOCAB])
+def test_the_only_allowed_token_is_drawn(sampler: Sampler, vocab: int) -> None:
+    allowed = sorted({0, vocab // 2, vocab - 1, *range(0, vocab, -(-vocab // 7))})
+    rows = [
+        row(temperature=t, seed=token)._replace(mask=mask_of(vocab, [token])) for token in allowed for t in (0, 1.0)
+    ]
+    drawn = sampler.rows(normal(len(rows), vocab), rows).token_ids
+    assert drawn.tolist() == [token for token in allowed for _ in range(2)]
+
+
+@pytest.mark.parametrize("vocab", [7, 32, 131, 1000, 8193])
+@pytest.mark.parametrize("params", FILTERS)
+def test_a_masked_row_is_the_row_with_the_others_at_minus_infinity(
+    sampler: Sampler, vocab: int, params: dict[str, Any]
+) -> None:
+    rng = np.random.default_rng(vocab)
+    logits = shapes_of_rows(vocab)
+    masks = [mask_of(vocab, np.flatnonzero(rng.random(vocab) < share)) for share in (0.9, 0.5, 0.1, 0.03, 0.5, 0.5)]
+    plain = [row(seed=i, **params) for i in range(len(logits))]
+    masked = [given._replace(mask=mask) for given, mask in zip(plain, masks, strict=True)]
+    got = sampler.rows(logits, masked).token_ids
+    buried = np.stack([reference.masked(x, mask.tolist()) for x, mask in zip(logits, masks, strict=True)])
+    assert got.tolist() == sampler.rows(buried.astype(np.float32), plain).token_ids.tolist()
+
+
+def test_a_mask_comes_after_edits_and_log_probabilities_are_those_of_the_raw_row(sampler: Sampler) -> None:
+    count, vocab = 48, 333
+    logits = normal(count, vocab)
+    rng = np.random.default_rng(4)
+    rows, want = [], []
+    for i in range(count):
+        mask = mask_of(vocab, np.flatnonzero(rng.random(vocab) < 0.2))
+        lifted = {int(token): 100.0 for token in rng.integers(0, vocab, 5)}
+        params = SamplingParams(temperature=0, logit_bias=lifted, repetition_penalty=1.4, logprobs=3)
+        given = SamplerState(params, rng.integers(0, vocab, 40).tolist()).row()._replace(mask=mask)
+        rows.append(given)
+        want.append(reference.masked(reference.edited(logits[i], edit_list(given)), mask.tolist()).argmax())
+    result = sampler.rows(logits, rows)
+    assert result.token_ids.tolist() == want
+    raw = [reference.log_softmax(x)[t] for x, t in zip(logits, want, strict=True)]
+    np.testing.assert_allclose(result.logprobs, raw, atol=1e-5)
+    assert result.top_ids[:, :3].tolist() == [reference.top(x, 3).tolist() for x in logits]
+
+
+def test_banned_and_masked_leave_nothing_and_give_token_0(sampler: Sampler) -> None:
+    given = SamplerState(SamplingParams(), [0], bad_words=[[3]]).row()._replace(mask=mask_of(50, [3]))
+    empty = row()._replace(mask=mask_of(50, []))
+    assert sampler.rows(normal(2, 50), [given, empty]).token_ids.tolist() == [0, 0]
+
+
+def test_tokens_past_a_masks_words_are_forbidden(sampler: Sampler) -> None:
+    logits = np.zeros((1, 100), np.float32)
+    logits[0, [40, 99]] = [1.0, 9.0]
+    short = row(temperature=0)._replace(mask=np.full(2, -1, np.int32))
+    assert sampler.rows(logits, [short]).token_ids.tolist() == [40]
+
+
+def test_a_mask_that_is_not_there_is_ignored(sampler: Sampler) -> None:
+    logits = normal(2, 100)
+    batch = SamplingBatch.build([row(temperature=0), row(temperature=0)._replace(mask=mask_of(100, [5]))])
+    batch.ints[0, 6] = 1
+    assert sampler(logits, batch).token_ids.tolist() == [logits[0].argmax(), 5]
+
+
+def test_masks_leave_the_neighbours_as_they_are(sampler: Sampler) -> None:
+    for vocab in (77, 8192, QWEN3_VOCAB):
+        logits = normal(12, vocab)
+        plain = [row(seed=i, logprobs=i % 4, repetition_penalty=1.0 + i % 2, **FILTERS[i % 8]) for i in range(12)]
+        mixed = [r._replace(mask=mask_of(vocab, [i])) if i % 3 == 1 else r for i, r in enumerate(plain)]
+        without, beside = sampler.rows(logits, plain), sampler.rows(logits, mixed)
+        others = [i for i in range(12) if i % 3 != 1]
+        for field, again in zip(without, beside, strict=True):
+            assert field[others].tobytes() == again[others].tobytes()
+        assert beside.token_ids[[1, 4, 7, 10]].tolist() == [1, 4, 7, 10]
+
+
 # --- log-probabilities ---------------------------------------------------------------------------------------------
 
 
@@ -452,9 +539,10 @@ def test_gpu_draws_what_the_cpu_draws(sampler: Sampler) -> None:
     [
         (0, TensorType(DType.bfloat16, ["R", "V"], DeviceRef.CPU()), "logits has dtype bfloat16, expected float32"),
         (1, TensorType(DType.float32, ["R", 4], DeviceRef.CPU()), "floats has shape"),
-        (2, TensorType(DType.int64, ["R", 6], DeviceRef.CPU()), "ints has dtype int64"),
+        (2, TensorType(DType.int64, ["R", 7], DeviceRef.CPU()), "ints has dtype int64"),
         (3, TensorType(DType.int32, ["R", 1], DeviceRef.CPU()), "edit_starts has shape"),
         (5, TensorType(DType.float32, ["E", 2], DeviceRef.CPU()), "edit_values has shape"),
+        (6, TensorType(DType.int32, ["G"], DeviceRef.CPU()), "masks has shape"),
     ],
 )
 def test_wrong_inputs_are_refused_when_the_graph_is_built(argument: int, wrong: TensorType, message: str) -> None:

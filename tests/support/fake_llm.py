@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-import mili.llm
+import mili.loaded_model
 from mili.config import EngineConfig, ModelConfig
 from mili.memory import plan_memory
 from mili.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ def install(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> list[FakeRunner]:
         made.append(runner)
         return runner
 
-    monkeypatch.setattr(mili.llm, "Runner", make_runner)
+    monkeypatch.setattr(mili.loaded_model, "Runner", make_runner)
     return made
 
 

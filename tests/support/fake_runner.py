@@ -46,6 +46,7 @@ class FakeRunner:
     device: Any = field(default_factory=lambda: SimpleNamespace(is_host=True, id=0))
     memory: MemoryPlan | None = None
     closed: bool = False
+    startup_seconds: dict[str, float] = field(default_factory=dict)
     num_steps: int = 0
     batches: list[ForwardBatch] = field(default_factory=list)
     prefills: list[list[int]] = field(default_factory=list)  # what a request held when several tokens were added to it
@@ -98,7 +99,7 @@ class FakeRunner:
 
     def _sample(self, logits: np.ndarray, sampling: SamplingBatch, row: int, step: FakeStep) -> None:
         temperature, top_p, min_p = sampling.floats[row].tolist()
-        top_k, num_logprobs, target, seed_lo, seed_hi, position = sampling.ints[row].tolist()
+        top_k, num_logprobs, target, seed_lo, seed_hi, position, mask = sampling.ints[row].tolist()
         edited = logits.astype(np.float64)
         edits = slice(*sampling.edit_starts[row : row + 2].tolist())
         for token, (bias, repetition, subtract) in zip(
@@ -106,7 +107,10 @@ class FakeRunner:
         ):
             value = edited[token] + bias
             edited[token] = (value / repetition if value > 0 else value * repetition) - subtract
-        if temperature == 0:
+        if mask >= 0:
+            bits = np.unpackbits(sampling.masks[mask].view(np.uint8), bitorder="little")  # [32 W]
+            edited[bits[: len(edited)] == 0] = -np.inf
+        if temperature == 0 or np.isneginf(edited.max()):
             token = int(edited.argmax())
         else:
             token = _draw(edited, temperature, top_k, top_p, min_p, (seed_lo, seed_hi, position))

@@ -46,6 +46,15 @@ def edited(logits: npt.ArrayLike, edits: Sequence[tuple[int, float, float, float
     return x
 
 
+def masked(logits: npt.ArrayLike, words: Sequence[int]) -> Row:
+    """`logits` [V] with -inf where bit i % 32 of word i // 32 is 0; tokens past the last word have no bit."""
+    x = np.array(logits, dtype=np.float64)
+    for i in range(len(x)):
+        if i // 32 >= len(words) or not (words[i // 32] & 0xFFFFFFFF) >> (i % 32) & 1:
+            x[i] = -np.inf
+    return x
+
+
 def kept(logits: npt.ArrayLike, temperature: float, top_p: float, top_k: int, min_p: float) -> npt.NDArray[np.bool_]:
     """[V] which tokens the filters keep, in the order top_k, top_p, min_p; ties with the last one are kept."""
     x = clean(logits)

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 import mili
+from mili.completion import Completion
 from mili.config import EngineConfig, ModelConfig
-from mili.engine import Engine
+from mili.engine import Engine, Progress
 from mili.errors import ConfigError, RequestError
 from mili.outputs import FinishReason, RequestOutput
 from mili.sampling_params import SamplingParams
@@ -374,7 +375,7 @@ def test_a_step_that_raises_ends_its_requests_and_no_others():
     engine.step()
     engine.step()
     progress = engine.step()
-    assert progress == ([], [first, second])
+    assert progress == Progress([], [first, second])
     for request_id in (first, second):
         with pytest.raises(RuntimeError, match="on fire"):
             engine.take(request_id)
@@ -384,6 +385,51 @@ def test_a_step_that_raises_ends_its_requests_and_no_others():
     assert engine.metrics()["request_failure_total"] == 2
     again = generate(engine, list(range(40)), params)
     assert again.outputs[0].token_ids == generate(make_engine(), list(range(40)), params).outputs[0].token_ids
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("method", ["append", "finish"])
+def test_text_that_cannot_be_made_takes_down_its_own_request_only(monkeypatch, n, method):
+    engine = make_engine()
+    plain = getattr(Completion, method)
+
+    def broken(self, *args):
+        if self._params.seed == 13 and self.index == n - 1 and len(self.token_ids) >= 2:
+            raise ValueError("no such character")
+        return plain(self, *args)
+
+    monkeypatch.setattr(Completion, method, broken)
+    params = SamplingParams(max_tokens=6, ignore_eos=True, seed=5)
+    alone = generate(make_engine(), [1, 2, 3], params)
+    bystander = engine.add([1, 2, 3], params)
+    victim = engine.add([4, 5, 6], SamplingParams(max_tokens=6, ignore_eos=True, seed=13, n=n))
+    outputs = {}
+    while engine.has_unfinished:
+        progress = engine.step()
+        for request_id in progress.finished:
+            if request_id == victim:
+                with pytest.raises(ValueError, match="no such character"):
+                    engine.take(request_id)
+            else:
+                outputs[request_id] = engine.take(request_id)
+    assert list(outputs) == [bystander]
+    assert outputs[bystander].outputs[0].token_ids == alone.outputs[0].token_ids
+    assert engine.metrics()["request_failure_total"] + engine.metrics()["request_success_total"]["length"] == n + 1
+    check_idle(engine)
+
+
+def test_stats_count_the_tokens_and_time_between_them():
+    engine = make_engine()
+    params = SamplingParams(max_tokens=4, ignore_eos=True, seed=5)
+    for _ in range(2):
+        engine.add(list(range(40)), params)
+    stats = []
+    while engine.has_unfinished:
+        stats.append(engine.step().stats)
+    assert sum(step.num_tokens for step in stats) == 40 + 40 - 32 + 2 * 3, "the second prompt reuses two pages"
+    gaps = [gap for step in stats for gap in step.inter_token_seconds]
+    assert len(gaps) == 2 * 3
+    assert all(0 <= gap < 10 for gap in gaps)
 
 
 def test_keyboard_interrupt_leaves_step_and_a_clean_engine():
@@ -466,7 +512,7 @@ def test_counters_and_gauges():
 
 
 def test_an_idle_engine_steps_to_nothing():
-    assert make_engine().step() == ([], [])
+    assert make_engine().step() == Progress([], [])
 
 
 def test_close_ends_requests_and_closes_the_runner():

@@ -5,7 +5,15 @@ import inspect
 import pytest
 
 from mili import errors
-from mili.errors import ConfigError, MiliError, RequestError, UnsupportedModelError, WeightError
+from mili.errors import (
+    ConfigError,
+    EngineDeadError,
+    MiliError,
+    QueueFullError,
+    RequestError,
+    UnsupportedModelError,
+    WeightError,
+)
 
 TREE = {
     MiliError: (Exception,),
@@ -13,6 +21,8 @@ TREE = {
     UnsupportedModelError: (ConfigError,),
     WeightError: (MiliError,),
     RequestError: (MiliError, ValueError),
+    QueueFullError: (MiliError,),
+    EngineDeadError: (MiliError,),
 }
 
 

@@ -24,11 +24,11 @@ def llm(runners):
 
 
 def check_idle(llm: LLM) -> None:
-    cache = llm._engine._cache
+    cache = llm._loaded.engine._cache
     cache.check_invariants()
     assert cache.usage == 0.0
-    assert not llm._engine._groups
-    assert not llm._engine.has_unfinished
+    assert not llm._loaded.engine._groups
+    assert not llm._loaded.engine.has_unfinished
 
 
 def test_one_prompt_gives_a_list_of_one(llm):
@@ -107,7 +107,7 @@ def test_bad_options_are_config_errors(runners):
 
 
 def test_a_failing_engine_closes_its_runner(runners, monkeypatch):
-    monkeypatch.setattr("mili.llm.Engine", lambda *args: 1 / 0)
+    monkeypatch.setattr("mili.loaded_model.Engine", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         LLM()
     assert runners[0].closed

@@ -141,7 +141,7 @@ def test_columns() -> None:
     state.append(4)
     batch = SamplingBatch.build([state.row(), SamplingRow.scoring(17, 20)])
     np.testing.assert_array_equal(batch.floats, np.array([[0.5, 0.9, 0.1], [0, 1, 0]], np.float32))
-    assert batch.ints.tolist() == [[2**31 - 1, 3, -1, 0, 0, 4], [0, 20, 17, 0, 0, 0]]
+    assert batch.ints.tolist() == [[2**31 - 1, 3, -1, 0, 0, 4, -1], [0, 20, 17, 0, 0, 0, -1]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-6])
@@ -164,14 +164,23 @@ def test_rows_are_packed_in_order_with_their_own_edits() -> None:
     assert batch.edit_values.tolist() == [[1, 1, 0], [2, 1, 0], [-4, 1, 0]]
 
 
+def test_masks_are_packed_in_order_and_named_by_their_rows() -> None:
+    plain = SamplerState(SamplingParams(), [1]).row()
+    first, second = (plain._replace(mask=np.array(words, np.int32)) for words in ([1, 2, 3], [-1, 0, 7]))
+    batch = SamplingBatch.build([plain, first, plain, second])
+    assert batch.ints[:, 6].tolist() == [-1, 0, -1, 1]
+    assert batch.masks.tolist() == [[1, 2, 3], [-1, 0, 7]]
+    assert batch.masks.flags.c_contiguous and batch.masks.dtype == np.int32
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_no_dimension_is_zero_and_arrays_are_contiguous(count: int) -> None:
     batch = SamplingBatch.build([SamplerState(SamplingParams(), [1]).row()] * count)
     rows = max(count, 1)
-    assert batch.floats.shape == (rows, 3) and batch.ints.shape == (rows, 6)
+    assert batch.floats.shape == (rows, 3) and batch.ints.shape == (rows, 7)
     assert batch.edit_starts.tolist() == [0] * (rows + 1)
-    assert batch.edit_ids.shape == (1,) and batch.edit_values.shape == (1, 3)
-    for array in (batch.floats, batch.ints, batch.edit_starts, batch.edit_ids, batch.edit_values):
+    assert batch.edit_ids.shape == (1,) and batch.edit_values.shape == (1, 3) and batch.masks.shape == (1, 1)
+    for array in (batch.floats, batch.ints, batch.edit_starts, batch.edit_ids, batch.edit_values, batch.masks):
         assert array.flags.c_contiguous and array.dtype in (np.int32, np.float32)
 
 

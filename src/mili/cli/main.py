@@ -15,6 +15,7 @@ import click
 import mili
 from mili.cli.bench import bench
 from mili.cli.chat import chat
+from mili.cli.compile import compile_command
 from mili.cli.doctor import doctor
 from mili.cli.generate import generate
 from mili.cli.plan import plan
@@ -27,7 +28,7 @@ def program() -> None:
     """Run Qwen3 language models on mili's own kernels, on CPU and GPU."""
 
 
-for _command in (generate, chat, plan, bench, doctor):
+for _command in (generate, chat, plan, compile_command, bench, doctor):
     program.add_command(_command)
 
 

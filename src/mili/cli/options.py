@@ -66,6 +66,7 @@ _MODEL_OPTIONS = (
     ),
     click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=None, help="Reuse shared prefixes."),
     click.option("--enforce-eager", is_flag=True, default=None, help="Never replay captured device graphs."),
+    click.option("--compiled", metavar="DIR", help="Load the kernels that `mili compile` put there."),
     click.option(
         "--hf-overrides", type=json_object, metavar="JSON", help="JSON merged over config.json, e.g. for YaRN."
     ),
@@ -87,6 +88,7 @@ _SAMPLING_OPTIONS = (
 MODEL_KEYS = (
     *("model", "revision", "device", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
     *("block_size", "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching", "enforce_eager"),
+    "compiled",
     "hf_overrides",
 )
 _SAMPLING_KEYS = (
@@ -109,12 +111,17 @@ def sampling_options(command: Command) -> Command:
     return command
 
 
+def show_progress() -> None:
+    """Let mili say on stderr why a start takes its time."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("mili").setLevel(logging.INFO)
+
+
 def build_llm(options: Mapping[str, Any]) -> "LLM":
     """The `LLM` that the given options describe; loads the model."""
     from mili.llm import LLM  # MAX and the weights load only now
 
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("mili").setLevel(logging.INFO)  # says why the first start takes its time
+    show_progress()
     return LLM(**{key: options[key] for key in MODEL_KEYS if options.get(key) is not None})
 
 

@@ -5,6 +5,7 @@ Knows ranges and how an option left open follows from the model; touches no devi
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from mili.config.model import ModelConfig
 from mili.errors import ConfigError
@@ -29,6 +30,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None  # KV-cache size; None: from what the device has left
     enable_prefix_caching: bool = True
     enforce_eager: bool = False  # no device-graph capture
+    compiled: str | Path | None = None  # folder of graphs compiled ahead of time; None: compile, and keep in the cache
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,6 +51,8 @@ class EngineConfig:
         for name in ("enable_prefix_caching", "enforce_eager"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.compiled is not None and not Path(self.compiled).is_dir():
+            raise ConfigError(f"compiled must be a folder that `mili compile` wrote, got {str(self.compiled)!r}")
         self._integer("seed", 0, 2**64 - 1)
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(

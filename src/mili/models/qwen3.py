@@ -36,6 +36,7 @@ INPUT_NAMES = (
     "edit_starts",
     "edit_ids",
     "edit_values",
+    "masks",
     "max_query_len",
     "max_seq_len",
 )
@@ -110,8 +111,8 @@ class _Step:
 def build_graph(config: ModelConfig, dtype: DType, page_size: int, device: DeviceRef) -> Graph:
     """Build the graph of one step.
 
-    Inputs, in order: `INPUT_NAMES` (T tokens, B requests, P pages of the longest table, R logit rows, E logit edits),
-    cos_sin [M, D] float32, k_cache and v_cache (see `kv_cache_shapes`, written in place). Outputs: token_ids [R]
+    Inputs, in order: `INPUT_NAMES` (T tokens, B requests, P pages of the longest table, R logit rows, E logit edits,
+    G masks of W words), cos_sin [M, D] float32, k_cache and v_cache (see `kv_cache_shapes`, written in place). Outputs: token_ids [R]
     int32, logprobs [R] float32, ranks [R] int32, top_ids [R, 20] int32, top_logprobs [R, 20] float32. Weights are
     external, named as in `weight_specs`.
     """
@@ -134,10 +135,11 @@ def build_graph(config: ModelConfig, dtype: DType, page_size: int, device: Devic
         "page_table": tensor(i32, "B", "P"),
         "logit_rows": tensor(i32, "R"),
         "floats": tensor(f32, "R", 3),
-        "ints": tensor(i32, "R", 6),
+        "ints": tensor(i32, "R", 7),
         "edit_starts": tensor(i32, "R_plus_1"),
         "edit_ids": tensor(i32, "E"),
         "edit_values": tensor(f32, "E", 3),
+        "masks": tensor(i32, "G", "W"),
         "max_query_len": scalar,
         "max_seq_len": scalar,
         "cos_sin": tensor(f32, "M", config.head_dim),
@@ -168,8 +170,8 @@ def build_graph(config: ModelConfig, dtype: DType, page_size: int, device: Devic
         if not config.tie_word_embeddings:
             head = _weight("lm_head.weight", (config.vocab_size, config.hidden_size), dtype, device)
         logits = linear(last, head, config.vocab_size, out_dtype=f32)
-        edits = ("floats", "ints", "edit_starts", "edit_ids", "edit_values")
-        graph.output(*sample(logits, *(_tensor(given[name]) for name in edits)))
+        sampling = ("floats", "ints", "edit_starts", "edit_ids", "edit_values", "masks")
+        graph.output(*sample(logits, *(_tensor(given[name]) for name in sampling)))
     return graph
 
 

@@ -1,0 +1,80 @@
+"""A folder of graphs compiled ahead of time is loaded without compiling, or refused with what it was made for."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from max.driver import CPU
+
+import mili
+import mili.compiler
+from mili import LLM, ConfigError, ModelConfig, SamplingParams
+from mili.ahead_of_time import compile_ahead
+from mili.compiler import Target, artefact_facts, artefact_path
+from mili.config import EngineConfig
+
+FOLDER = Path(mili.__file__).parent / "data" / "tiny-qwen3-code"
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return artefact_facts(ModelConfig.from_pretrained(FOLDER), "bfloat16", 16, Target.of(CPU()))
+
+
+@pytest.fixture
+def compiled(facts, tmp_path):
+    """What `mili compile` writes, from the cache that the other tests fill."""
+    if not artefact_path(facts).is_file():
+        LLM(dtype="bfloat16").close()
+    shutil.copy(artefact_path(facts), artefact_path(facts, tmp_path))
+    artefact_path(facts, tmp_path).with_suffix(".json").write_text(json.dumps(facts))
+    return tmp_path
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("something is being compiled")
+
+    monkeypatch.setattr(mili.compiler, "compile_step", refuse)
+
+
+def test_a_compiled_folder_needs_neither_compiler_nor_cache(compiled, no_compiler, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("MILI_CACHE_DIR", str(tmp_path_factory.mktemp("empty")))
+    with LLM(compiled=compiled, dtype="bfloat16") as llm:
+        (output,) = llm.generate("def f(x):", SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
+    assert output.text
+
+
+def test_another_page_size_is_refused_by_name(compiled, no_compiler):
+    with pytest.raises(ConfigError, match=r"made for page_size 16 \(wanted 32\): compile it again"):
+        LLM(compiled=compiled, dtype="bfloat16", block_size=32)
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "value"),
+    [("sources", "sources", "0"), ("target", "arch", "sm_90a"), ("config", "hidden_size", 7), ("max", "max", "26.6.0")],
+)
+def test_what_else_it_was_made_for_is_named(compiled, no_compiler, facts, key, name, value):
+    made = {**facts, key: {**facts[key], name: value} if isinstance(facts[key], dict) else value}
+    for old in compiled.iterdir():
+        old.unlink()
+    artefact_path(made, compiled).with_suffix(".json").write_text(json.dumps(made))
+    with pytest.raises(ConfigError, match=f"made for {name} {value!r} "):
+        LLM(compiled=compiled, dtype="bfloat16")
+
+
+def test_an_empty_missing_or_damaged_folder_is_refused(compiled, no_compiler, tmp_path_factory, facts):
+    with pytest.raises(ConfigError, match="holds no compiled graph"):
+        LLM(compiled=tmp_path_factory.mktemp("empty"))
+    with pytest.raises(ConfigError, match="must be a folder"):
+        LLM(compiled=compiled / "nowhere")
+    artefact_path(facts, compiled).write_bytes(b"not a graph")
+    with pytest.raises(ConfigError, match="is not readable: compile it again"):
+        LLM(compiled=compiled, dtype="bfloat16")
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(ConfigError, match="'sm_90a', got 'h200'"):
+        compile_ahead(None, Path("unused"), "h200", EngineConfig())
