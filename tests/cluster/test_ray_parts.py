@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,12 +10,14 @@ pytest.importorskip("ray.serve", reason="needs mili[ray]")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 from pydantic import ValidationError  # noqa: E402
+from ray.serve._private.common import DeploymentHandleSource  # noqa: E402
 
 from mili.errors import ConfigError  # noqa: E402
 from mili.ray.application import Arguments, build, build_app  # noqa: E402
 from mili.ray.asgi import HttpRequest, respond  # noqa: E402
 from mili.ray.metrics import merge  # noqa: E402
 from mili.ray.prefix import BLOCK_CHARS, MAX_BLOCKS, PrefixIndex, prefix_blocks  # noqa: E402
+from mili.ray.router import PrefixRouter  # noqa: E402
 
 SCOPE = {"method": "POST", "path": "/", "query_string": b"", "headers": [], "http_version": "1.1", "scheme": "http"}
 
@@ -64,6 +67,48 @@ def test_the_index_matches_beginnings_and_forgets_the_oldest_ends():
     assert index.match("a", blocks) == 4
     index.retain({"b"})
     assert index.size("a") == index.match("a", blocks) == 0
+
+
+class FakeReplica:
+    max_ongoing_requests = 100
+
+    def __init__(self, name: str) -> None:
+        self.replica_id = name
+
+
+def ranks(queued: dict[str, int], prompt: str) -> list[list[str]]:
+    """The router's ranks when replica "a" has served "p"*640 and "b" has served "q"*64."""
+    router = PrefixRouter(SimpleNamespace(name="Replica", app_name="mili"), DeploymentHandleSource.REPLICA)
+    router.initialize_state(max_imbalance=4, capacity=100)
+    for replica, served in (("a", "p" * 640), ("b", "q" * 64)):
+        router.on_request_routed(pending(served), replica, None)
+    for replica, num_requests in queued.items():
+        router.replica_queue_len_cache.update(replica, num_requests)
+    chosen = asyncio.run(router.choose_replicas([FakeReplica(name) for name in "abc"], pending(prompt)))
+    return [[replica.replica_id for replica in rank] for rank in chosen]
+
+
+def pending(prompt: str) -> SimpleNamespace:
+    return SimpleNamespace(args=[HttpRequest(SCOPE, b"", prefix_blocks(body(prompt=prompt)))])
+
+
+@pytest.mark.parametrize(
+    ("queued", "prompt", "expected"),
+    [
+        ({}, "p" * 640, [["a"], ["c", "b"]]),
+        ({"a": 4}, "p" * 640, [["a"], ["c", "b"]]),  # a little busier is worth it
+        ({"a": 5}, "p" * 640, [["c", "b"], ["a"]]),  # much busier is not; still offered, should the others be full
+        ({"a": 9, "b": 6, "c": 5}, "p" * 640, [["a"], ["c", "b"]]),  # busier than the least busy, that is
+        ({}, "q" * 64 + "p" * 640, [["b"], ["c", "a"]]),
+        ({}, "z" * 640, [["c", "b", "a"]]),  # nobody has it: those who remember least first
+    ],
+)
+def test_the_router_ranks_replicas_by_prefix_while_load_is_even(queued, prompt, expected):
+    assert ranks(queued, prompt) == expected
+
+
+def test_requests_without_a_prompt_go_anywhere():
+    assert len({tuple(ranks({}, "")[0]) for _ in range(60)}) == 6  # every order of three
 
 
 async def collect(app, request: HttpRequest) -> list:

@@ -25,16 +25,14 @@ _ENGINE = {"block_size" if field.name == "page_size" else field.name: field for 
 _PROBES = 64  # requests a replica takes beyond what its engine does: health, models, and those it refuses with 429
 
 
-_Options: Any = create_model(
-    "_Options",
-    **{
-        name: (field.type, ... if field.default is MISSING else field.default)
-        for name, field in (_ENGINE | _SERVER).items()
-    },
-)
+_FIELDS: Any = {
+    name: (field.type, ... if field.default is MISSING else field.default)
+    for name, field in (_ENGINE | _SERVER).items()
+}
+_Options: Any = create_model("_Options", **_FIELDS)
 
 
-class Arguments(_Options):  # type: ignore[misc]  # made above, so that no option is written down twice
+class Arguments(_Options):
     """What `serve run mili.ray:build name=value …` takes: placement, and the options of `LLM` and `ServerConfig`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

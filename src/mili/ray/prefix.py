@@ -7,7 +7,7 @@ Invariant: a replica's memory never holds more than `capacity` blocks; the least
 
 import json
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
 
 BLOCK_CHARS = 64  # about one page of 16 tokens
@@ -53,7 +53,7 @@ class PrefixIndex:
 
     def match(self, replica: str, blocks: Sequence[bytes]) -> int:
         """How many of the first `blocks` the replica has served."""
-        known = self._blocks.get(replica, {})
+        known: Mapping[bytes, None] = self._blocks.get(replica, {})
         return next((i for i, block in enumerate(blocks) if block not in known), len(blocks))
 
     def size(self, replica: str) -> int:

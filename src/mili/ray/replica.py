@@ -48,5 +48,5 @@ class Replica:
         self._llm.check_health()
 
     async def __del__(self) -> None:
-        """Called by Serve when no request is left, or `graceful_shutdown_timeout_s` is over, or the start has failed."""
+        """Called by Serve when no request is left, or the time for them is over, or the start has failed."""
         await self._resources.aclose()
