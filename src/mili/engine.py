@@ -139,6 +139,10 @@ class Engine:
             self._fail(children, MiliError("the step of this request was interrupted"))
             raise
 
+    def rest(self) -> None:
+        """Nothing is left to step for now: use no more of the machine than memory until there is."""
+        self._runner.rest()
+
     def has_news(self, request_id: str) -> bool:
         """Whether `take` would show, or raise, something new; KeyError for an unknown id."""
         return self._groups[request_id].has_news

@@ -139,6 +139,7 @@ class EngineThread:
         engine, num_failed = self._engine, 0
         while not self._closing:
             if not engine.has_unfinished:
+                engine.rest()
                 self._commands.get()()  # sleeps here
                 self.last_progress = time.monotonic()
             self._run_commands()

@@ -45,7 +45,9 @@ class _Phase(Enum):
 class GrammarState:
     """One completion's place in its grammar; made by `GrammarCompiler.start`, mutated by the engine only."""
 
-    def __init__(self, matcher: LLMatcher, phase: _Phase, think_ids: tuple[int, int], stop_ids: Collection[int]) -> None:
+    def __init__(
+        self, matcher: LLMatcher, phase: _Phase, think_ids: tuple[int, int], stop_ids: Collection[int]
+    ) -> None:
         """Takes over `matcher`; `think_ids` are <think> and </think>."""
         self._matcher = matcher
         self._phase = phase
@@ -235,5 +237,7 @@ def _allow(row: IntArray, token_ids: Collection[int]) -> None:
 def _first_line(text: str) -> str:
     """An error of llguidance without the grammar that it quotes, which may be long."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    best = next((line for line in reversed(lines) if line.startswith("error:")), lines[0] if lines else "no reason given")
+    best = next(
+        (line for line in reversed(lines) if line.startswith("error:")), lines[0] if lines else "no reason given"
+    )
     return best if len(best) <= 300 else f"{best[:300]}..."

@@ -242,6 +242,8 @@ class LLM:
             finally:
                 for request_id in ids:
                     engine.abort(request_id)  # nothing, for those that were taken
+                if not engine.has_unfinished:
+                    engine.rest()
         return [outputs[request_id] for request_id in ids]
 
     def _checked_stream(self, prompt: Prompt, sampling_params: SamplingParams | None) -> Iterator[RequestOutput]:

@@ -143,7 +143,7 @@ class OutputParser:
         self._deltas: list[ParsedDelta] = []
         reasoning = parse_reasoning and reasoning_is_open(tokenizer, prompt_token_ids)
         self._state = _State.REASONING if reasoning else _State.CONTENT
-        self._held = ""  # newlines that are dropped if a marker follows
+        self._held = 0  # newlines not shown yet, which are dropped if a marker follows
         self._strip = reasoning  # newlines that come next are dropped
         self._has_content = False
         self._num_calls = 0
@@ -170,7 +170,7 @@ class OutputParser:
         if finished:
             self._end_call()
             if self._state is not _State.REASONING and self._held:
-                self._emit(ContentDelta(self._held))
+                self._show("\n" * self._held)
         deltas, self._deltas = self._deltas, []
         return deltas
 
@@ -180,10 +180,10 @@ class OutputParser:
             case _State.REASONING, _Marker.THINK:
                 return self._strip  # nothing was said yet
             case _State.REASONING, _Marker.END_THINK:
-                self._state, self._held, self._strip = _State.CONTENT, "", True
+                self._state, self._held, self._strip = _State.CONTENT, 0, True
                 return True
             case _State.CONTENT, _Marker.THINK if not self._has_content and not self._num_calls:
-                self._state, self._held, self._strip = _State.REASONING, "", True
+                self._state, self._held, self._strip = _State.REASONING, 0, True
                 return True
             case _State.CALL, _ if self._scanner.in_string:
                 return False
@@ -192,7 +192,7 @@ class OutputParser:
             case _State.CONTENT | _State.CALL | _State.TAIL, _Marker.CALL:
                 self._end_call()
                 self._state, self._scanner = _State.CALL, ToolCallScanner()
-                self._body, self._held = self._held + shown, ""
+                self._body, self._held = "\n" * self._held + shown, 0
                 return True
         return False
 
@@ -205,19 +205,21 @@ class OutputParser:
             self._take_prose(text)
 
     def _take_prose(self, text: str) -> None:
-        text = self._held + text
         if self._strip:
             text = text.lstrip("\n")
         shown = text.rstrip("\n")
-        self._held = text[len(shown) :]
-        if not shown:
-            return
-        self._strip = False
+        if shown:
+            self._strip = False
+            self._show("\n" * self._held + shown)
+            self._held = 0
+        self._held += len(text) - len(shown)
+
+    def _show(self, text: str) -> None:
         if self._state is _State.REASONING:
-            self._emit(ReasoningDelta(shown))
+            self._emit(ReasoningDelta(text))
         else:
             self._has_content = True
-            self._emit(ContentDelta(shown))
+            self._emit(ContentDelta(text))
 
     def _take_body(self, text: str) -> None:
         was_announced = self._scanner.announced

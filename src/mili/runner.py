@@ -17,6 +17,7 @@ from max.dtype import DType
 from max.engine import InferenceSession
 from numpy.typing import NDArray
 
+from mili import runtime_threads
 from mili.batch import ForwardBatch
 from mili.compiler import Target, compiled_step
 from mili.config import EngineConfig, ModelConfig
@@ -78,6 +79,7 @@ class Runner:
         table = rope_table(model.rope, model.head_dim, self.max_model_len)  # [max_model_len, D] float32
         self._fixed = [Buffer.from_numpy(table).to(self.device), *self._caches]
         self.device.synchronize()  # the upload reads the table until then
+        self._threads = runtime_threads.of_process()
         self._graphs: DecodeGraphs | None = None
         if not on_cpu and not engine.enforce_eager:
             self._graphs = DecodeGraphs(self._model, self.device, self._fixed, engine.page_size)
@@ -97,13 +99,20 @@ class Runner:
                 arrays[name] = getattr(batch if hasattr(batch, name) else sampling, name)
         rows = len(batch.logit_rows)
         wants_logprobs = bool((sampling.ints[:, 1] >= 0).any())
-        return StepOutput(*self._run(arrays, rows, 5 if wants_logprobs else 1))
+        with self._threads.working(self):
+            return StepOutput(*self._run(arrays, rows, 5 if wants_logprobs else 1))
+
+    def rest(self) -> None:
+        """Nothing is left to compute for now: let the runtime's threads sleep until the next `execute`."""
+        self._threads.rest(self)
 
     def _run(self, arrays: dict[str, NDArray[Any]], rows: int, wanted: int) -> list[NDArray[Any]]:
         """Execute and fetch the first `rows` rows of the first `wanted` outputs; zeros for the others."""
         block = None
         if self.device.is_host:
-            outputs = self._model.execute(*(arrays[name] for name in INPUT_NAMES), *self._fixed)
+            # As buffers, because execute() takes some 0.2 ms to find out what a bare array is.
+            inputs = [Buffer.from_numpy(arrays[name]) for name in INPUT_NAMES]
+            outputs = self._model.execute(*inputs, *self._fixed)
         else:
             replayed = self._graphs.run(arrays) if self._graphs else None
             if replayed is None:
@@ -117,6 +126,7 @@ class Runner:
 
     def close(self) -> None:
         """Free the device memory; the runner cannot be used afterwards."""
+        self.rest()
         if self._graphs:
             self._graphs.close()
         for name in ("_graphs", "_model", "_caches", "_fixed", "_weights"):

@@ -89,6 +89,9 @@ class FakeRunner:
             logits[self.next_token(list(token_ids))] += 1000.0
         return logits
 
+    def rest(self) -> None:
+        assert not self.closed
+
     def close(self) -> None:
         self.closed = True
 

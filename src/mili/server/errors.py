@@ -4,7 +4,6 @@ Knows which exception means which status code; knows no route. Invariant: what a
 text of an exception that is not one of ours goes to the log and never over the wire.
 """
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -17,14 +16,16 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from mili.errors import EngineDeadError, QueueFullError, RequestError
 from mili.sampling_params import SamplingParams
-from mili.server.json_text import json_bytes
+from mili.server.json_text import json_bytes, json_text
 
 INVALID = "invalid_request_error"
 RETRY_AFTER_SECONDS = 1
+_SHOWN_CHARS = 100  # of a wrong value
 
-_log = logging.getLogger(__name__)
 # What the message of a RequestError may begin with, and then is about.
-_PARAMS = frozenset(field.name for field in fields(SamplingParams)) | {"messages", "tools", "tool_choice"}
+_PARAMS = frozenset(field.name for field in fields(SamplingParams)) | {
+    "messages", "tools", "tool_choice", "continue_final_message", "chat_template_kwargs"
+}  # fmt: skip
 
 
 class ErrorDetail(TypedDict):
@@ -70,7 +71,7 @@ class ClientDisconnected(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What the client is told of `error`; logs it when it is not the client's."""
+    """What the client is told of `error`."""
     match error:
         case ApiError():
             return error
@@ -82,13 +83,12 @@ def as_api_error(error: Exception) -> ApiError:
         case EngineDeadError():
             message = "the engine has stopped, and this server will exit: retry elsewhere or later"
             return ApiError(503, message, type="service_unavailable", code="engine_dead")
-    _log.error("a request failed", exc_info=error)
     message = "internal error: the server's log says more under this request's id"
     return ApiError(500, message, type="internal_server_error")
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Let `app` answer every exception with the envelope."""
+    """Let `app` answer with the envelope; what no handler knows is a 500 of the middleware `RequestContext`."""
 
     async def ours(request: Request, error: Exception) -> Response:
         return as_api_error(error).response()
@@ -105,7 +105,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid_body)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
     app.add_exception_handler(ClientDisconnected, disconnected)  # type: ignore[arg-type]
-    for kind in (ApiError, RequestError, QueueFullError, EngineDeadError, Exception):
+    for kind in (ApiError, RequestError, QueueFullError, EngineDeadError):
         app.add_exception_handler(kind, ours)
 
 
@@ -127,7 +127,9 @@ def _from_validation(error: RequestValidationError) -> ApiError:
         loc = (*loc, context["field"])
     message = problem["msg"].removeprefix("Value error, ")
     if not loc:
-        return ApiError(400, "the body must be a JSON object" if problem["type"] == "model_type" else message)
+        return ApiError(400, "the body must be a JSON object" if problem["type"].startswith("model_") else message)
+    if isinstance(problem.get("input"), int | float | str) and "field" not in context:
+        message += f", got {json_text(problem['input'])[:_SHOWN_CHARS]}"
     param = field_path(loc)
     return ApiError(400, f"{param}: {message}", param=param)
 

@@ -153,7 +153,7 @@ class StructuredOutputs(Body):
     ] = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = Field(None, max_length=MAX_ITEMS)
+    choice: list[str] | None = Field(None, fail_fast=True)
     grammar: str | None = None
 
     def to_params(self) -> StructuredOutputsParams:

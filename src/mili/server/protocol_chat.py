@@ -7,10 +7,10 @@ returns is plain JSON in the form Qwen's templates expect: contents are strings,
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import FailFast, Field, PlainValidator
+from pydantic import Field, PlainValidator
 
 from mili.errors import RequestError
-from mili.sampling_params import SamplingParams
+from mili.sampling_params import MAX_LOGPROBS, SamplingParams
 from mili.server.errors import ApiError
 from mili.server.protocol import Body, GenerationFields
 from mili.structured_outputs import StructuredOutputsParams
@@ -69,7 +69,7 @@ class Message(Body):
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: Annotated[list[ToolCall], FailFast()] | None = None
+    tool_calls: list[ToolCall] | None = Field(None, fail_fast=True)
     tool_call_id: str | None = None
 
     def for_template(self, where: str) -> dict[str, Any]:
@@ -144,11 +144,11 @@ def _as_it_is(value: Any) -> Any:
 class ChatRequest(GenerationFields):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    messages: list[Message] = Field(fail_fast=True, min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: Annotated[list[Tool], FailFast()] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] | None = Field(None, fail_fast=True)
     tool_choice: Annotated[Any, PlainValidator(_as_it_is, json_schema_input_type=ToolChoiceForms)] = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -6,7 +6,7 @@ one kind of them, and never ambiguous: a list of integers is always one prompt.
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import FailFast, Field, PlainValidator
+from pydantic import Field, PlainValidator
 
 from mili.sampling_params import SamplingParams
 from mili.server.errors import ApiError
@@ -82,12 +82,12 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], FailFast()] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, fail_fast=True, min_length=1)
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    tools: Annotated[list[Tool], FailFast()] | None = None
+    tools: list[Tool] | None = Field(None, fail_fast=True)
     chat_template_kwargs: dict[str, Any] | None = None
 
     def check(self) -> None:

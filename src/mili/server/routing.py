@@ -19,7 +19,7 @@ def documented(answer: type[Any], *, streams: bool = False) -> dict[int | str, d
     """The answers of a route for the OpenAPI document; whatever is not success is the error envelope."""
     success: dict[str, Any] = {"model": answer, "description": "The answer."}
     if streams:
-        success["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        success["content"] = {"text/event-stream": {}}
     return {200: success, "default": {"model": ErrorBody, "description": "What went wrong."}}
 
 

@@ -4,6 +4,7 @@ Knows bytes, not what they say. Invariant: what goes wrong before the first even
 later is an event with the error envelope, and then there is no ``[DONE]``.
 """
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -14,6 +15,7 @@ from mili.server.concurrency import until_disconnected
 from mili.server.errors import ClientDisconnected, as_api_error
 from mili.server.json_text import json_bytes
 
+_log = logging.getLogger(__name__)
 _DONE = b"data: [DONE]\n\n"
 # A proxy that buffers would hold tokens back; nginx reads the second header.
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -29,12 +31,12 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_disconnected(receive, self._send(send))
+            await until_disconnected(receive, self._send(scope, send))
         except ClientDisconnected:
             if not self._started:
                 raise
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, scope: Scope, send: Send) -> None:
         async with aclosing(self._events) as events:
             body = await anext(events)
             self._started = True
@@ -47,6 +49,7 @@ class EventStream(StreamingResponse):
                     last = _DONE
                     break
                 except Exception as error:
+                    _log.exception("request %s failed in its stream", scope.get("state", {}).get("request_id"))
                     last = b"data: " + json_bytes(as_api_error(error).body) + b"\n\n"
                     break
         await send({"type": "http.response.body", "body": last, "more_body": False})
