@@ -20,11 +20,11 @@ from mili.server.metrics import StepTotals
 from support import fake_llm
 
 COMPLETIONS = "/v1/completions"
-BODY = {"prompt": "def f(x):", "max_tokens": 5, "ignore_eos": True, "temperature": 0.0}
+BODY = {"prompt": "def f(x):", "max_tokens": 5, "ignore_eos": True}
 
 
 class Application:
-    """`create_app` with a client that calls it from synchronous tests; its start has made a token."""
+    """`create_app` with a client that calls it from synchronous tests."""
 
     def __init__(self, llm: AsyncLLM, config: ServerConfig, **more: Any) -> None:
         self.llm = llm
@@ -33,6 +33,9 @@ class Application:
         self.loop = asyncio.Runner()
         self._stack = AsyncExitStack()
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test")
+
+    def start(self) -> None:
+        """What a server does before the first request."""
         self.loop.run(self._stack.enter_async_context(self.app.router.lifespan_context(self.app)))
 
     def close(self) -> None:
@@ -87,6 +90,7 @@ def application(
     made = AsyncLLM(max_queue=settings.max_queue, on_step=steps.add, **(llm or {}))
     served = Application(made, settings, steps=steps, tracing=tracing)
     try:
+        served.start()
         yield served
     finally:
         served.close()
