@@ -12,6 +12,7 @@ from support.api import events_of
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello?"}]
+NESTED: dict[str, Any] = json.loads('{"items":' * 200 + "{}" + "}" * 200)
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
@@ -90,6 +91,12 @@ def completion(**fields: Any) -> dict[str, Any]:
         (CHAT, chat(response_format={"type": "xml"}), "response_format.type"),
         (CHAT, chat(response_format={"type": "json_schema"}), "response_format.json_schema"),
         (CHAT, chat(structured_outputs={"regex": "a", "choice": ["b"]}), "structured_outputs"),
+        (CHAT, chat(structured_outputs={"json": "{"}), "structured_outputs.json"),
+        (
+            CHAT,
+            chat(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": NESTED}}),
+            "response_format",
+        ),
         (CHAT, chat(structured_outputs={"structural_tag": "a"}), "structured_outputs.structural_tag"),
         (CHAT, chat(chat_template="{{ 1 }}"), "chat_template"),
         (CHAT, chat(continue_final_message=True), "continue_final_message"),

@@ -125,7 +125,7 @@ def used_pages(server):
 def still_serves(server):
     answer = httpx.post(f"{server.url}{PATH}", json=BODY, timeout=60)
     assert answer.status_code == 200
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while used_pages(server) > 0.0:
         assert time.monotonic() < deadline, "pages stay in use"
         time.sleep(0.05)
@@ -166,7 +166,7 @@ def test_invalid_utf8_is_a_400(server):
 
 
 def test_a_slow_reader_neither_blocks_others_nor_holds_pages(server):
-    body = json.dumps({**BODY, "max_tokens": 1500, "stream": True}).encode()
+    body = json.dumps({**BODY, "max_tokens": 600, "stream": True}).encode()
     with connect(server) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         head = (

@@ -17,7 +17,7 @@ from mili.outputs import CompletionOutput, RequestOutput
 from mili.sampling_params import SamplingParams
 from mili.server.chat_stream import ChatStreamWriter, chat_finish_reason
 from mili.server.concurrency import until_disconnected
-from mili.server.errors import ApiError
+from mili.server.errors import ApiError, blaming
 from mili.server.logprobs import chat_logprobs, prompt_logprobs
 from mili.server.protocol_chat import ChatRequest
 from mili.server.protocol_responses import AssistantMessage, ChatChoice, ChatCompletion
@@ -42,7 +42,10 @@ def make_router(service: Service) -> APIRouter:
         choice = check_tool_choice(body.tool_choice, functions)
         if choice.mode == "none":
             tools = None  # the model is not told of what it must not call
-        params = body.chat_sampling_params(service.llm.get_default_sampling_params(), _grammar(body, functions, choice))
+        field = body.grammar_field or "tools"
+        with blaming(field):
+            grammar = _grammar(body, functions, choice)
+        params = body.chat_sampling_params(service.llm.get_default_sampling_params(), grammar)
         prompt = await off_loop(
             len(await request.body()),
             service.llm.render_chat,
@@ -53,7 +56,8 @@ def make_router(service: Service) -> APIRouter:
             chat_template_kwargs=body.chat_template_kwargs,
         )
         assert prompt.token_ids is not None
-        await service.check(prompt.token_ids, params)
+        with blaming(field):
+            await service.check(prompt.token_ids, params)
         call = ChatCall(service, body, params, prompt.token_ids, tools is not None, request_id_of(request))
         if body.stream:
             return EventStream(call.events())

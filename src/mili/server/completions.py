@@ -1,6 +1,6 @@
 """POST /v1/completions: one prompt or several, as text or token ids, continued as they stand.
 
-Invariant: choice i·n + j is completion j of prompt i, and of several prompts either all are begun or none.
+Invariant: choice i·n + j is completion j of prompt i, and of several prompts either all are answered or none.
 """
 
 import time
@@ -14,7 +14,7 @@ from mili.outputs import RequestOutput
 from mili.sampling_params import SamplingParams
 from mili.server.completion_choice import CompletionChoiceWriter
 from mili.server.concurrency import gather, merge, until_disconnected
-from mili.server.errors import ApiError
+from mili.server.errors import ApiError, blaming
 from mili.server.json_text import json_bytes, json_text
 from mili.server.protocol_completions import CompletionRequest
 from mili.server.protocol_responses import TextCompletion
@@ -32,14 +32,17 @@ def make_router(service: Service) -> APIRouter:
         """Continue a text."""
         service.check_model(body.model)
         body.check_completion()
-        params = body.completion_sampling_params(service.llm.get_default_sampling_params())
+        field = body.grammar_field or "structured_outputs"
+        with blaming(field):
+            params = body.completion_sampling_params(service.llm.get_default_sampling_params())
         capacity = service.llm.max_num_seqs + service.config.max_queue
         if len(body.prompts) * params.n > capacity:
             message = f"prompt: {len(body.prompts)} prompts with n {params.n} are more than the {capacity} completions"
             raise ApiError(400, f"{message} this server can hold at once", param="prompt")
         prompts = await off_loop(len(await request.body()), _encode, service, body)
-        for token_ids, _ in prompts:
-            await service.check(token_ids, params)
+        with blaming(field):
+            for token_ids, _ in prompts:
+                await service.check(token_ids, params)
         call = CompletionCall(service, body, params, prompts, request_id_of(request))
         if body.stream:
             return EventStream(call.events())

@@ -5,7 +5,8 @@ text of an exception that is not one of ours goes to the log and never over the 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -24,7 +25,7 @@ _SHOWN_CHARS = 100  # of a wrong value
 
 # What the message of a RequestError may begin with, and then is about.
 _PARAMS = frozenset(field.name for field in fields(SamplingParams)) | {
-    "messages", "tools", "tool_choice", "continue_final_message", "chat_template_kwargs"
+    "messages", "tools", "tool_choice", "response_format", "continue_final_message", "chat_template_kwargs"
 }  # fmt: skip
 
 
@@ -85,6 +86,17 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, message, type="service_unavailable", code="engine_dead")
     message = "internal error: the server's log says more under this request's id"
     return ApiError(500, message, type="internal_server_error")
+
+
+@contextmanager
+def blaming(field: str) -> Iterator[None]:
+    """Let an error about the engine's `structured_outputs` name the field of the body that it was made from."""
+    try:
+        yield
+    except RequestError as error:
+        if field == "structured_outputs":
+            raise
+        raise RequestError(re.sub(r"^structured_outputs(\.\w+)?", field, str(error))) from error
 
 
 def add_error_handlers(app: FastAPI) -> None:

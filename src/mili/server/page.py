@@ -1,6 +1,7 @@
 """The web page at `/`: one file, and headers that let a browser run nothing but what is in it.
- Invariant: the policy names the script and the style by their hashes, so it holds
-for exactly the text that goes out with it.
+
+Knows nothing of the API. Invariant: the policy names the script and the style by their hashes, so it holds for exactly
+the text that goes out with it.
 """
 
 import re

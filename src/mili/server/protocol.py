@@ -65,7 +65,9 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        for name in data.keys() - known:
+        for name in data:
+            if name in known:
+                continue
             if name not in cls.refused:
                 raise PydanticCustomError("unknown_field", "there is no such field", {"field": name})
             if data[name] is not None and data[name] not in cls.refused[name]:
@@ -211,6 +213,13 @@ class GenerationFields(Body):
             raise ApiError(400, "stream_options: only with stream: true", param="stream_options")
         if self.prompt_logprobs is not None and self.stream:
             raise ApiError(400, "prompt_logprobs: not with stream: true", param="prompt_logprobs")
+
+    @property
+    def grammar_field(self) -> str | None:
+        """The field that asks for a grammar."""
+        if self.structured_outputs is not None:
+            return "structured_outputs"
+        return None if self.response_format is None or self.response_format.type == "text" else "response_format"
 
     def grammar(self) -> StructuredOutputsParams | None:
         """The grammar asked for, by whichever field."""
