@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mili.cli.options import MODEL_KEYS, Command, model_options, size, traceback_option
-from mili.server.config import ServerConfig
+from mili.server.config import ServerConfig, read_keys
 
 
 def _option(name: str, help: str, **more: Any) -> Callable[[Command], Command]:
@@ -27,7 +27,7 @@ def _option(name: str, help: str, **more: Any) -> Callable[[Command], Command]:
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A file with keys, one a line. $MILI_API_KEY holds one as well.",
+    help="A file with keys, one a line. $MILI_API_KEY may hold keys as well.",
 )
 @click.option("--allowed-origins", multiple=True, help="Let pages of this origin call the API; repeatable, * for all.")
 @_option("--max-queue", "Completions that may wait before requests are refused with 429.")
@@ -55,15 +55,10 @@ def serve(name: str | None, api_keys: tuple[str, ...], api_key_file: Path | None
     given = {key: options.pop(key) for key in MODEL_KEYS}
     engine = {key: value for key, value in given.items() if value is not None}
     model = engine.pop("model", name)
-    config = ServerConfig(api_keys=(*api_keys, *_more_keys(api_key_file)), **options)
+    from_file = () if api_key_file is None else read_keys(api_key_file)
+    config = ServerConfig(api_keys=(*api_keys, *from_file, *os.environ.get("MILI_API_KEY", "").split()), **options)
     try:
         from mili.server.lifecycle import serve
     except ModuleNotFoundError as error:
         raise click.ClickException(f'{error.name} is not installed: pip install "mili[serve]"') from error
     return serve(config, model, engine)
-
-
-def _more_keys(file: Path | None) -> list[str]:
-    """The keys of the file and of the environment."""
-    lines = [] if file is None else file.read_text(encoding="utf-8").splitlines()
-    return [key for key in (*map(str.strip, lines), os.environ.get("MILI_API_KEY", "")) if key]

@@ -7,23 +7,12 @@ digest is kept, and comparing takes the same time whichever key is sent.
 import hmac
 from collections.abc import Sequence
 from hashlib import sha256
-from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mili.errors import ConfigError
 from mili.server.errors import ApiError
 from mili.server.limits import refuse
 from mili.server.middleware import header
-
-
-def read_keys(path: Path) -> tuple[str, ...]:
-    """The keys in a file, one a line; blank lines and lines that begin with # are skipped. ConfigError if none is."""
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not keys:  # an empty secret must not open the server
-        raise ConfigError("the API key file holds no key: write one key a line")
-    return keys
 
 
 class ApiKeyAuth:

@@ -61,3 +61,12 @@ class ServerConfig:
         if self.served_model_name is not None:
             return self.served_model_name
         return Path(model).resolve().name if Path(model).exists() else model
+
+
+def read_keys(file: Path) -> tuple[str, ...]:
+    """The API keys in a file, one a line; blank lines and lines that begin with # are skipped. ConfigError if none."""
+    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:  # a secret that is missing must not open the server
+        raise ConfigError("the API key file holds no key: write one key a line")
+    return keys

@@ -20,7 +20,6 @@ class Drain:
 
     def __init__(self) -> None:
         self.started = False
-        self.expired = False  # the requests that were still in flight are being aborted
         self.num_in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()

@@ -3,20 +3,26 @@
     start ──SIGTERM, SIGINT──> drain ──all answered, or timeout──> exit 0
        └──the engine dies────> answer what is left with 503 ─────> exit 1
 
-uvicorn keeps the connections; what it does on signals and its ten wake-ups a second are replaced. Knows no routes.
-Invariants: a request that was accepted before the drain is answered unless the drain's time runs out, and while the
-drain lasts /ready says so; nothing wakes the process while nobody asks for anything.
+A second signal ends the drain as its timeout does, a third one the process. uvicorn keeps the connections; what it does
+on signals and its ten wake-ups a second are replaced. Knows no routes. Invariants: a request that was accepted before
+the drain is answered unless the drain's time runs out, and while the drain lasts /ready says so; nothing wakes the
+process while nobody asks for anything; no signal waits for an engine that is stuck.
 """
 
 import asyncio
 import contextlib
 import logging
+import os
+import resource
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import prometheus_client
 import uvicorn
 import uvloop
 from fastapi import FastAPI
@@ -30,7 +36,9 @@ from mili.server.metrics import StepTotals
 from mili.server.tracing import make_provider
 
 _LOG = logging.getLogger("mili.server")
-_LAST_WORDS = 2.0  # seconds that /health goes on saying that the engine is dead
+_LAST_WORDS = 2.0  # seconds for the answers to requests that were aborted, and for /health to say that the engine died
+_CLOSE_TIMEOUT = 5.0  # seconds for the engine to finish its step
+_MAX_OPEN_FILES = 65536  # one for each connection; the usual soft limit of 1024 would be the server's
 
 
 def serve(config: ServerConfig, model: str | Path | None, options: Mapping[str, Any]) -> int:
@@ -39,25 +47,35 @@ def serve(config: ServerConfig, model: str | Path | None, options: Mapping[str, 
     Raises ConfigError and WeightError as `LLM` does, and ConfigError if the address is in use.
     """
     configure_logging(config.log_format)
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(bind(config))
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads
+    _raise_file_limit()
+    with bind(config) as listener:
+        signal.signal(signal.SIGTERM, _stop_loading)
         provider = make_provider(config)
-        if provider is not None:
-            stack.callback(provider.shutdown)
         steps = StepTotals()
         llm = AsyncLLM(model, max_queue=config.max_queue, on_step=steps.add, **options)
-        stack.callback(llm.close)
-        app = create_app(llm, config, steps, provider)
-        return uvloop.run(_Process(app, config, listener).run())
+        try:
+            exit_code = uvloop.run(_Process(create_app(llm, config, steps, provider), listener).run())
+        finally:
+            if provider is not None:
+                provider.shutdown()
+            closed = _close(llm)
+    if not closed:
+        _LOG.critical("the engine does not end its step: leaving without it")
+        sys.stderr.flush()
+        os._exit(exit_code)  # the interpreter's own end would wait for the device
+    return exit_code
 
 
 class _Process:
     """One server, from its first connection to its last."""
 
-    def __init__(self, app: FastAPI, config: ServerConfig, listener: socket.socket) -> None:
+    def __init__(self, app: FastAPI, listener: socket.socket) -> None:
         self._operation: Operation = app.state.operation
-        self._config = config
+        self._config = config = self._operation.config
         self._listener = listener
+        self._signals: asyncio.Queue[int] = asyncio.Queue()
+        self._leaving = False  # the drain is over, one way or the other
         settings = uvicorn.Config(
             app,
             http=protocol_class(config),
@@ -69,55 +87,68 @@ class _Process:
             server_header=False,
             date_header=False,  # uvicorn's is kept by a timer; RequestContext writes it
             timeout_keep_alive=round(config.keep_alive),
-            timeout_graceful_shutdown=1,  # for bytes on their way: requests were waited for before
+            timeout_graceful_shutdown=1,
         )
         self._server = _Server(settings, self._serve)
         self._exit_code = 0
 
     async def run(self) -> int:
         """Serve until the end; returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
         await self._server.serve(sockets=[self._listener])
         return self._exit_code
+
+    def _on_signal(self, number: int) -> None:
+        if self._leaving:
+            os._exit(128 + number)
+        self._signals.put_nowait(number)
 
     async def _serve(self) -> None:
         host, port = self._listener.getsockname()[:2]
         _LOG.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        signals: asyncio.Queue[int] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, signals.put_nowait, number)
-        async with _tasks(signals.get(), self._operation.llm.wait_dead()) as (asked, died):
+        if not self._config.api_keys and host not in ("127.0.0.1", "::1"):
+            _LOG.warning("no API key is asked for: whoever reaches %s:%d can use the server", host, port)
+        async with _tasks(self._signals.get(), self._operation.llm.wait_dead()) as (asked, died):
             await asyncio.wait((asked, died), return_when=asyncio.FIRST_COMPLETED)
+            if not died.done():
+                await self._drain(died)
+            self._leaving = True
             if died.done():
-                await self._after_death(died.result())
+                _LOG.critical("%s", died.result())
+                self._exit_code = 1
+                await asyncio.sleep(_LAST_WORDS)
                 return
-            _LOG.info("draining: %d requests are in flight", self._operation.drain.num_in_flight)
-            await self._drain(signals, died)
+        if self._operation.drain.num_in_flight:
+            await self._abort()
 
-    async def _drain(self, signals: "asyncio.Queue[int]", died: "asyncio.Task[Any]") -> None:
-        drain = self._operation.drain
+    async def _drain(self, died: "asyncio.Future[Any]") -> None:
+        """Wait until everything is answered, a second signal comes, the engine dies or the time is up."""
+        drain, loop = self._operation.drain, asyncio.get_running_loop()
+        deadline = loop.time() + self._config.drain_timeout
         drain.start()
-        async with _tasks(drain.wait_idle(), signals.get()) as (idle, asked_again):
+        _LOG.info("draining: %d requests are in flight", drain.num_in_flight)
+        async with _tasks(drain.wait_idle(), self._signals.get()) as (idle, asked_again):
             waiting = (idle, asked_again, died)
             await asyncio.wait(waiting, timeout=self._config.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
-            if died.done():
-                await self._after_death(died.result())
-            elif not idle.done():
-                _LOG.warning("aborting %d requests that were still in flight", drain.num_in_flight)
-                drain.expired = self._operation.metrics.shutting_down = True
-                await asyncio.to_thread(self._operation.llm.close)
-                await asyncio.wait((idle,), timeout=_LAST_WORDS)
+            if idle.done():  # what is left of the time is for slow readers to take the last bytes
+                self._server.config.timeout_graceful_shutdown = max(1, round(deadline - loop.time()))
 
-    async def _after_death(self, reason: BaseException) -> None:
-        _LOG.critical("%s", reason)
-        self._exit_code = 1
-        await asyncio.sleep(_LAST_WORDS)
+    async def _abort(self) -> None:
+        """End what is still in flight; its clients read an error."""
+        drain = self._operation.drain
+        _LOG.warning("aborting %d requests that were still in flight", drain.num_in_flight)
+        self._operation.metrics.shutting_down = True
+        await asyncio.to_thread(_close, self._operation.llm)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(drain.wait_idle(), _LAST_WORDS)
 
 
 class _Server(uvicorn.Server):
     """uvicorn, with another reason to stop than its own."""
 
-    def __init__(self, settings: uvicorn.Config, until: Any) -> None:
+    def __init__(self, settings: uvicorn.Config, until: Callable[[], Awaitable[None]]) -> None:
         super().__init__(settings)
         self._until = until
 
@@ -132,7 +163,7 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def _tasks(*works: Any) -> Any:
+async def _tasks(*works: Awaitable[Any]) -> AsyncIterator[Sequence["asyncio.Future[Any]"]]:
     """`works` as tasks, which end with the block."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
@@ -141,3 +172,23 @@ async def _tasks(*works: Any) -> Any:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _close(llm: AsyncLLM) -> bool:
+    """Close `llm`; False if its engine is stuck in a step."""
+    closing = threading.Thread(target=llm.close, name="mili-close", daemon=True)
+    closing.start()
+    closing.join(_CLOSE_TIMEOUT)
+    return not closing.is_alive()
+
+
+def _stop_loading(number: int, frame: object) -> None:
+    """Nothing has been accepted yet. Without a handler the first process of a container would not hear SIGTERM."""
+    sys.exit(0)
+
+
+def _raise_file_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -18,7 +18,9 @@ _DISCARD_SECONDS = 5.0
 
 
 class _BodyTooLong(Exception):
-    pass
+    def __init__(self, complete: bool) -> None:
+        super().__init__()
+        self.complete = complete  # all of it has been read
 
 
 class RequestLimits:
@@ -71,8 +73,11 @@ class RequestLimits:
             message = f"the body was not complete after {self._read_timeout:g} s"
             await send_error(send, ApiError(408, message, code="request_timeout", headers={"Connection": "close"}))
             return
-        except _BodyTooLong:
-            await refuse(scope, receive, send, self._too_long())
+        except _BodyTooLong as error:
+            if error.complete:
+                await send_error(send, self._too_long())
+            else:
+                await refuse(scope, receive, send, self._too_long())
             return
         if body is None:
             return
@@ -98,7 +103,7 @@ class RequestLimits:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self._max_body_bytes:
-                raise _BodyTooLong
+                raise _BodyTooLong(complete=not more)
         return bytes(body)
 
 

@@ -5,6 +5,7 @@ request. `RequestContext` gives a request its id and its end: it knows no route 
 request is reported exactly once, with the status the client got, or 499 if it left before it had all of the answer.
 """
 
+import logging
 import re
 import time
 import uuid
@@ -15,6 +16,8 @@ from email.utils import formatdate
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mili.server.errors import ApiError, as_api_error
+
+_LOG = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; in log and metrics only, nobody is there to receive it
 PROBE_PATHS = frozenset(("/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready", "/metrics"))
@@ -104,7 +107,10 @@ class RequestContext:
         except Exception as error:
             if status is not None:
                 raise  # the server closes the connection: the client must not take half an answer for a whole one
-            await send_error(noting_send, as_api_error(error))
+            answer = as_api_error(error)
+            if answer.status == 500:
+                _LOG.error("request %s failed", request_id, exc_info=error)
+            await send_error(noting_send, answer)
         finally:
             if disconnected and not complete:
                 status = CLIENT_CLOSED_REQUEST
