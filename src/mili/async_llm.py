@@ -105,8 +105,8 @@ class AsyncLLM:
         self._thread.abort(request_id)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raise RequestError if the request can never be served; any thread may ask."""
-        self._engine.limits.check(prompt_token_ids, params)
+        """Raise RequestError if the request can never be served; any thread may ask. A new grammar takes its time."""
+        self._engine.check(prompt_token_ids, params)
 
     def render_chat(self, messages: Messages, **options: Any) -> Prompt:
         """The prompt of a conversation; `LoadedModel.render_chat` has the options. Any thread may ask."""
@@ -169,7 +169,10 @@ class AsyncLLM:
             parsed = await asyncio.to_thread(self._loaded.encode, parsed)
         else:
             parsed = self._loaded.encode(parsed)
-        self.check(parsed.token_ids or (), params)
+        if params.structured_outputs is None:
+            self.check(parsed.token_ids or (), params)
+        else:
+            await asyncio.to_thread(self.check, parsed.token_ids or (), params)
         loop = asyncio.get_running_loop()
         if loop not in self._mailboxes:
             self._mailboxes = {old: mailbox for old, mailbox in self._mailboxes.items() if not old.is_closed()}

@@ -20,10 +20,10 @@ from mili.completion import token_logprobs
 from mili.config import EngineConfig, ModelConfig
 from mili.counters import Counters
 from mili.errors import ConfigError, MiliError, RequestError
+from mili.grammar import GrammarCompiler
 from mili.outputs import FinishReason, RequestOutput
 from mili.request import Request, ScheduledRequest
-from mili.request_group import Child, RequestGroup
-from mili.sampling import SamplingBatch, SamplingRow
+from mili.request_group import Child, RequestGroup, sampling_batch
 from mili.sampling_params import SamplingParams
 from mili.scheduler import Scheduler
 from mili.tokenizer import Tokenizer
@@ -67,6 +67,8 @@ class Engine:
                 f"max_model_len {runner.max_model_len}: raise kv_cache_memory_bytes or lower max_model_len"
             )
         self.limits = RequestLimits(model.vocab_size, runner.max_model_len)
+        self._grammars = GrammarCompiler(tokenizer, model.vocab_size, model.eos_token_ids)
+        self._undigested: list[Child] = []  # with a grammar that has not seen the newest token
         self._groups: dict[str, RequestGroup] = {}
         self._children: dict[Request, Child] = {}  # the unfinished ones
         self._counters = Counters()
@@ -78,6 +80,11 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Whether another `step` has something to do."""
         return self._scheduler.has_unfinished
+
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise RequestError if the request can never be served; from any thread. New structured_outputs take ms."""
+        self.limits.check(prompt_token_ids, params)
+        self._grammars.check(params.structured_outputs)
 
     def add(
         self,
@@ -91,7 +98,7 @@ class Engine:
 
         Raises RequestError, and queues nothing, if the request can never be served or the id is in use.
         """
-        self.limits.check(prompt_token_ids, params)
+        self.check(prompt_token_ids, params)
         if request_id is None:
             request_id = next(i for i in map(str, self._ids) if i not in self._groups)
         elif request_id in self._groups:
@@ -105,6 +112,7 @@ class Engine:
             self._eos_token_ids,
             bad_word_ids(params.bad_words, self._tokenizer),
             self._tokenizer,
+            self._grammars,
         )
         self._groups[request_id] = group
         for child in group.children:
@@ -120,9 +128,10 @@ class Engine:
         KeyboardInterrupt and its like end them too, and then leave this method.
         """
         # --8<-- [start:step]
+        failed = self._advance_grammars()
         plan = self._scheduler.schedule()
         if not plan:
-            return Progress([], [])
+            return Progress([], failed)
         children = [self._children[request] for request, _ in plan]
         try:
             now = self._now()
@@ -130,11 +139,12 @@ class Engine:
                 if child.group.first_scheduled_time is None:
                     child.group.first_scheduled_time = now
             batch = ForwardBatch.build(plan, self._cache.page_size)
-            output = self._runner.execute(batch, _sampling_batch(batch, children))
-            return self._take_in(plan, children, batch, output)
+            output = self._runner.execute(batch, sampling_batch(batch, children))
+            advanced, finished, stats = self._take_in(plan, children, batch, output)
+            return Progress(advanced, failed + finished, stats)
         # --8<-- [end:step]
         except Exception as error:
-            return Progress([], self._fail(children, error))
+            return Progress([], failed + self._fail(children, error))
         except BaseException:
             self._fail(children, MiliError("the step of this request was interrupted"))
             raise
@@ -190,7 +200,16 @@ class Engine:
         """End every request and free the device."""
         for request_id in list(self._groups):
             self.abort(request_id)
+        self._grammars.close()
         self._runner.close()
+
+    def _advance_grammars(self) -> list[str]:
+        """Bring masks up to the newest tokens; ends, and returns, the groups of those whose grammar failed."""
+        children = [child for child in self._undigested if child.request in self._children]  # the unfinished ones
+        errors = self._grammars.advance([child.grammar for child in children if child.grammar is not None])
+        self._undigested.clear()
+        failed = (self._fail([child], e) for child, e in zip(children, errors, strict=True) if e is not None)
+        return list(itertools.chain.from_iterable(failed))
 
     def _take_in(
         self, plan: list[ScheduledRequest], children: list[Child], batch: ForwardBatch, output: "StepOutput"
@@ -201,7 +220,9 @@ class Engine:
         tokens: list[int] = output.token_ids[batch.sample_rows].tolist()
         received = self._scheduler.record(plan, tokens)
         if len(rows) < len(batch.logit_owners):
-            self._keep_prompt_logprobs(children, batch, output)
+            for row, (index, kind, position) in enumerate(batch.logit_owners):
+                if kind == "prompt":
+                    children[index].keep_prompt_logprobs(output, row, position, self._tokenizer)
         advanced: dict[str, None] = {}  # a set in order
         finished = []
         latencies = []
@@ -241,20 +262,12 @@ class Engine:
         if (num_logprobs := request.params.logprobs) is not None:
             named = self._tokenizer if request.params.detokenize else None
             completion.add_logprobs(token_logprobs(output, row, token, num_logprobs, named))
+        if child.grammar is not None:
+            child.grammar.append(token)
+            self._undigested.append(child)
         if request.finish_reason is not None:
             completion.finish(request.finish_reason, request.stop_reason)
             self._forget(child)
-
-    def _keep_prompt_logprobs(self, children: list[Child], batch: ForwardBatch, output: "StepOutput") -> None:
-        for row, (index, kind, position) in enumerate(batch.logit_owners):
-            if kind == "prompt":
-                request, group = children[index].request, children[index].group
-                assert group.prompt_logprobs is not None and request.params.prompt_logprobs is not None
-                named = self._tokenizer if request.params.detokenize else None
-                target = request.token_ids[position]
-                group.prompt_logprobs[position] = token_logprobs(
-                    output, row, target, request.params.prompt_logprobs, named
-                )
 
     def _fail(self, children: Iterable[Child], error: Exception) -> list[str]:
         """End the groups of `children`, which an exception took down; returns their ids."""
@@ -283,15 +296,3 @@ class Engine:
 
     def _now(self) -> float:
         return time.monotonic() + self._clock_offset
-
-
-def _sampling_batch(batch: ForwardBatch, children: Sequence[Child]) -> SamplingBatch:
-    rows = []
-    for index, kind, position in batch.logit_owners:
-        if kind == "sample":
-            rows.append(children[index].sampler.row())
-        else:
-            params, token_ids = children[index].request.params, children[index].request.token_ids
-            assert params.prompt_logprobs is not None
-            rows.append(SamplingRow.scoring(token_ids[position], params.prompt_logprobs))
-    return SamplingBatch.build(rows)

@@ -1,6 +1,6 @@
 """Which tokens a completion may draw next so that its text keeps to the form its request asks for.
 
-    admission   compile(form) ──> matcher, kept and copied for each completion
+    admission   GrammarCompiler.check(form), start ──> GrammarState, one for each completion
     a step      draw ──> GrammarState.append(token) ──> GrammarCompiler.advance ──> GrammarState.mask ──> next draw
 
 The work is done by llguidance on the host; masks are bits over the model's vocabulary, as `SamplingRow.mask`. A model
@@ -9,18 +9,20 @@ Invariant: a mask depends on its own completion's tokens only, and never forbids
 """
 
 import functools
+import json
 import os
 import threading
 from collections.abc import Collection, Sequence
 from enum import Enum, auto
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
 from mili.errors import RequestError
+from mili.grammar_trial import GrammarTrial
 from mili.structured_outputs import StructuredOutputsParams
 from mili.tokenizer import Tokenizer
 
@@ -29,9 +31,15 @@ __all__ = ["GrammarCompiler", "GrammarState"]
 IntArray: TypeAlias = NDArray[np.int32]
 
 _CACHED_GRAMMARS = 32
+_COMPILE_SECONDS = 3.0
+# A mask stops the whole batch: of the work that llguidance allows one, a tenth. An error prints no state of the parser.
+_LIMITS: dict[str, Any] = {"step_max_items": 5000, "verbose_errors": False}
 _MAX_THREADS = 8  # that fill masks: a mask takes some 12 us, so more have nothing to do
-# JSON's whitespace without an end to it: a model that falls into repeating spaces gets out again.
-_JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+# JSON allows any amount of whitespace between its tokens; with a bound, a model that repeats spaces gets out again.
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+# Where only one text can follow, llguidance would allow only the tokens it spells that text with, and spell all of it
+# anew for each token: up to 0.1 s where the text is long. The model chooses the spelling instead.
+_DIRECTIVE = '%llguidance {"no_forcing": true}'
 
 
 class _Phase(Enum):
@@ -45,7 +53,9 @@ class _Phase(Enum):
 class GrammarState:
     """One completion's place in its grammar; made by `GrammarCompiler.start`, mutated by the engine only."""
 
-    def __init__(self, matcher: LLMatcher, phase: _Phase, think_ids: tuple[int, int], stop_ids: Collection[int]) -> None:
+    def __init__(
+        self, matcher: LLMatcher, phase: _Phase, think_ids: tuple[int, int], stop_ids: Collection[int]
+    ) -> None:
         """Takes over `matcher`; `think_ids` are <think> and </think>."""
         self._matcher = matcher
         self._phase = phase
@@ -80,8 +90,8 @@ class GrammarState:
             self._phase = _Phase.GRAMMAR
             if not self._matcher.consume_token(token_id):
                 raise RequestError(
-                    f"token {token_id} breaks the grammar of structured_outputs: bad_words, or logits that are not "
-                    "numbers, leave no token that it allows"
+                    f"structured_outputs cannot go on after token {token_id}: {_first_line(self._matcher.get_error())} "
+                    "(a token that the grammar forbids is drawn where bad_words leave no other)"
                 )
         return None if self._phase is _Phase.THINKING else self._matcher
 
@@ -92,7 +102,7 @@ class GrammarState:
             return
         if self._matcher.is_error():
             raise RequestError(
-                f"the grammar of structured_outputs became too complex: {_first_line(self._matcher.get_error())}"
+                f"structured_outputs became too complex to go on: {_first_line(self._matcher.get_error())}"
             )
         if self._matcher.is_accepting():
             _allow(row, self._stop_ids)
@@ -103,7 +113,7 @@ class GrammarState:
 class GrammarCompiler:
     """Compiles the forms of one model's requests, and makes masks of their completions' states.
 
-    `compile` may be called from any thread, also while the engine's thread is in `start` or `advance`.
+    `check` may be called from any thread, also while the engine's thread is in `start` or `advance`.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
@@ -116,23 +126,32 @@ class GrammarCompiler:
         self._think_ids = None if open_id is None or close_id is None else (open_id, close_id)
         self._lock = threading.Lock()
         self._vocabulary: LLTokenizer | None = None
+        self._trial = GrammarTrial(self._describe_vocabulary, _COMPILE_SECONDS)
         self._compile = functools.lru_cache(maxsize=_CACHED_GRAMMARS)(self._compile_anew)
 
-    def compile(self, form: StructuredOutputsParams) -> LLMatcher:
-        """The grammar of `form` at its start, for `deep_copy` only; the same object for the same form, if recent.
+    def check(self, form: StructuredOutputsParams | None) -> None:
+        """Raise RequestError if `form` is malformed, too large or too complex, or if no text has it.
 
-        Raises RequestError if it is malformed, too large or too complex, or if no text has that form. The first call
-        reads the vocabulary, about 1 s for that of Qwen3.
+        Recent forms are remembered, so that `start` need not compile them again. The first call reads the vocabulary,
+        which takes about 1 s for that of Qwen3.
         """
+        if form is None:
+            return
         if not self._eos_token_ids:
             raise RequestError("structured_outputs needs a model with an end-of-sequence token, to end the text with")
-        return self._compile(form)
+        self._compile(form)
 
     def start(
-        self, form: StructuredOutputsParams, prompt_token_ids: Sequence[int], stop_ids: Collection[int]
-    ) -> GrammarState:
-        """The state before the first draw of a completion that `stop_ids` end. Raises as `compile` does."""
-        matcher = self.compile(form).deep_copy()
+        self, form: StructuredOutputsParams | None, prompt_token_ids: Sequence[int], stop_ids: Collection[int]
+    ) -> GrammarState | None:
+        """The state before the first draw of a completion that `stop_ids` end; None without a form.
+
+        Raises as `check` does.
+        """
+        if form is None:
+            return None
+        self.check(form)
+        matcher = self._compile(form).deep_copy()
         state = GrammarState(matcher, self._first_phase(prompt_token_ids), self._think_ids or (-1, -1), stop_ids)
         (error,) = self.advance([state])
         if error is not None:
@@ -140,8 +159,13 @@ class GrammarCompiler:
         return state
 
     def advance(self, states: Sequence[GrammarState]) -> list[Exception | None]:
-        """Make the masks that follow the appended tokens; for each state what went wrong with it, None if nothing."""
+        """Make the masks that follow the appended tokens; for each state what went wrong with it, None if nothing.
+
+        The caller waits: to hand the work to a thread of Python's takes longer than most masks do.
+        """
         errors: list[Exception | None] = [None] * len(states)
+        if not states:
+            return errors
         masks: list[IntArray | None] = [None] * len(states)
         matchers: list[tuple[LLMatcher, int]] = []
         rows = np.empty((len(states), -(-self._vocab_size // 32)), dtype=np.int32)  # [states, ceil(V / 32)]
@@ -155,7 +179,11 @@ class GrammarCompiler:
                 matchers.append((matcher, index))
                 masks[index] = rows[index]
         if matchers:
-            fill_next_token_bitmask_par(self._executor, matchers, rows)
+            try:
+                fill_next_token_bitmask_par(self._executor, matchers, rows)
+            except Exception as error:
+                for _, index in matchers:
+                    errors[index] = error
         for index, state in enumerate(states):
             if errors[index] is None:
                 try:
@@ -182,11 +210,14 @@ class GrammarCompiler:
         return _Phase.MAYBE_THINKING
 
     def _compile_anew(self, form: StructuredOutputsParams) -> LLMatcher:
-        limits = LLParserLimits(verbose_errors=False)  # a verbose error prints the parser's whole state
-        try:
-            matcher = LLMatcher(self._read_vocabulary(), _grammar(form), log_level=0, limits=limits)
-        except ValueError as error:
-            raise RequestError(f"structured_outputs.{form.kind} cannot be used: {_first_line(str(error))}") from error
+        """The grammar of `form` at its start, which is only ever copied."""
+        grammar = LLMatcher.grammar_from_lark(_lark(form))
+        if not self._trial.passes(grammar):
+            raise RequestError(
+                f"structured_outputs.{form.kind} is too large or too deep: compiling it took more than "
+                f"{_COMPILE_SECONDS:g} s, or memory that is not there; give a simpler one"
+            )
+        matcher = LLMatcher(self._read_vocabulary(), grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
         if matcher.is_error():
             raise RequestError(f"structured_outputs.{form.kind} cannot be used: {_first_line(matcher.get_error())}")
         # A grammar that has no text at all is found out by its first mask.
@@ -206,19 +237,32 @@ class GrammarCompiler:
                 )
             return self._vocabulary
 
+    def _describe_vocabulary(self) -> dict[str, Any]:
+        return {
+            "tokenizer": self._tokenizer.to_json(),
+            "size": self._vocab_size,
+            "eos_token_ids": self._eos_token_ids,
+            "limits": _LIMITS,
+        }
 
-def _grammar(form: StructuredOutputsParams) -> str:
-    """What llguidance compiles. Raises ValueError for a schema that it does not take."""
-    if form.json_object:
-        return LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=_JSON_OPTIONS)
-    if form.json is not None:
-        return LLMatcher.grammar_from_json_schema(str(form.json), defaults=_JSON_OPTIONS)
-    if form.choice is not None:
-        return LLMatcher.grammar_from_regex("|".join(map(_escaped, form.choice)))
-    if form.regex is not None:
-        return LLMatcher.grammar_from_regex(form.regex)
-    assert form.grammar is not None
-    return LLMatcher.grammar_from_lark(form.grammar)
+    def close(self) -> None:
+        """End the process in which grammars are tried out."""
+        self._trial.close()
+
+
+def _lark(form: StructuredOutputsParams) -> str:
+    """The form as a grammar in llguidance's Lark syntax, in which all of them can be told not to force tokens."""
+    if form.json_object or form.json is not None:
+        schema = {"type": "object"} if form.json is None else json.loads(str(form.json))
+        rule = f"start: %json {json.dumps({'x-guidance': {'whitespace_pattern': _WHITESPACE}} | schema)}"
+    elif form.choice is not None:
+        rule = f"start: /{regex_to_lark('|'.join(map(_escaped, form.choice)), '')}/"
+    elif form.regex is not None:
+        rule = f"start: /{regex_to_lark(form.regex, '')}/"
+    else:
+        assert form.grammar is not None
+        rule = form.grammar
+    return f"{rule}\n{_DIRECTIVE}"
 
 
 def _escaped(text: str) -> str:
@@ -234,6 +278,6 @@ def _allow(row: IntArray, token_ids: Collection[int]) -> None:
 
 def _first_line(text: str) -> str:
     """An error of llguidance without the grammar that it quotes, which may be long."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    best = next((line for line in reversed(lines) if line.startswith("error:")), lines[0] if lines else "no reason given")
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
+    best = next((line for line in lines if line.startswith("error:")), lines[0])
     return best if len(best) <= 300 else f"{best[:300]}..."

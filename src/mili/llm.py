@@ -226,7 +226,7 @@ class LLM:
         """Serve all of `prompts`, or raise with none of them left in the engine."""
         engine = self._loaded.engine
         for prompt, param in zip(prompts, params, strict=True):
-            engine.limits.check(prompt.token_ids or (), param)
+            engine.check(prompt.token_ids or (), param)
         ids: list[str] = []
         outputs: dict[str, RequestOutput] = {}
         with tqdm(total=len(prompts), desc="generate", unit="prompt", dynamic_ncols=True, disable=not use_tqdm) as bar:
@@ -248,7 +248,7 @@ class LLM:
 
     def _checked_stream(self, prompt: Prompt, sampling_params: SamplingParams | None) -> Iterator[RequestOutput]:
         (params,) = match_params(sampling_params, 1, self._default_params)
-        self._loaded.engine.limits.check(prompt.token_ids or (), params)
+        self._loaded.engine.check(prompt.token_ids or (), params)
         return self._stream(prompt, params)
 
     def _stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[RequestOutput]:

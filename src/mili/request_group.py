@@ -5,11 +5,14 @@ It gathers; it decides nothing. Invariant: it is finished exactly when all of it
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from mili.completion import Completion
+from mili.batch import ForwardBatch
+from mili.completion import Completion, token_logprobs
+from mili.grammar import GrammarCompiler, GrammarState
 from mili.outputs import RequestMetrics, RequestOutput, TokenLogprobs
 from mili.request import Request
-from mili.sampling import SamplerState
+from mili.sampling import SamplerState, SamplingBatch, SamplingRow
 from mili.sampling_params import SamplingParams
 from mili.tokenizer import Tokenizer
 
@@ -22,7 +25,15 @@ class Child:
     request: Request  # the scheduler's side
     completion: Completion  # the caller's side
     sampler: SamplerState
+    grammar: GrammarState | None  # of its structured_outputs
     last_token_time: float | None = None
+
+    def keep_prompt_logprobs(self, output: Any, row: int, position: int, tokenizer: Tokenizer) -> None:
+        """Take what logit row `row` of the `StepOutput` says about the prompt's token at `position`."""
+        params, kept = self.request.params, self.group.prompt_logprobs
+        assert kept is not None and params.prompt_logprobs is not None
+        named = tokenizer if params.detokenize else None
+        kept[position] = token_logprobs(output, row, self.request.token_ids[position], params.prompt_logprobs, named)
 
 
 @dataclass(eq=False, slots=True)
@@ -50,6 +61,7 @@ class RequestGroup:
         eos_token_ids: frozenset[int],
         bad_words: Sequence[Sequence[int]],
         tokenizer: Tokenizer,
+        grammars: GrammarCompiler,
     ) -> None:
         """Make the `n` completions; completion i draws from the stream of seed + i."""
         params = self.params
@@ -67,7 +79,8 @@ class RequestGroup:
                 seed=(seed + index) % 2**64,
             )
             sampler = SamplerState(own, self.prompt_token_ids, request.stop_ids, bad_words, request.seed)
-            self.children.append(Child(self, request, Completion(index, own, tokenizer), sampler))
+            grammar = grammars.start(params.structured_outputs, self.prompt_token_ids, request.stop_ids)
+            self.children.append(Child(self, request, Completion(index, own, tokenizer), sampler, grammar))
         self.num_unfinished = params.n
 
     def output(self) -> RequestOutput:
@@ -89,3 +102,18 @@ class RequestGroup:
             num_cached_tokens=self.children[0].request.num_cached,
             metrics=metrics,
         )
+
+
+def sampling_batch(batch: ForwardBatch, children: Sequence[Child]) -> SamplingBatch:
+    """The rows of `batch`, whose plan has one request of each of `children`; a row is made of its child alone."""
+    rows = []
+    for index, kind, position in batch.logit_owners:
+        child = children[index]
+        if kind == "sample":
+            row = child.sampler.row()
+            rows.append(row if child.grammar is None else row._replace(mask=child.grammar.mask))
+        else:
+            params, token_ids = child.request.params, child.request.token_ids
+            assert params.prompt_logprobs is not None
+            rows.append(SamplingRow.scoring(token_ids[position], params.prompt_logprobs))
+    return SamplingBatch.build(rows)

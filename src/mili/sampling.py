@@ -53,7 +53,7 @@ _UNUSED_ROW = SamplingRow.scoring(-1, -1)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SamplingBatch:
-    """The arrays of R rows with E edits and G masks in all, as `mili.ops.sampling.sample` takes them; all C-contiguous."""
+    """The arrays of R rows with E edits and G masks, as `mili.ops.sampling.sample` takes them; all C-contiguous."""
 
     floats: FloatArray  # [R, 3] temperature, top_p, min_p
     ints: IntArray  # [R, 7] top_k, num_logprobs, target_id, seed_lo, seed_hi, position, row of masks or -1
@@ -80,7 +80,8 @@ class SamplingBatch:
         masked = [(index, row.mask) for index, row in enumerate(rows) if row.mask is not None]
         ints = np.full((len(rows), 7), -1, dtype=np.int32)
         ints[:, :6] = [row.ints for row in rows]
-        ints[[index for index, _ in masked], 6] = range(len(masked))
+        if masked:
+            ints[[index for index, _ in masked], 6] = range(len(masked))
         return cls(
             floats=np.array([row.floats for row in rows], dtype=np.float32),
             ints=ints,

@@ -138,8 +138,8 @@ class SamplingParams:
             )
         if self.structured_outputs is not None and (self.ignore_eos or self.min_tokens):
             raise RequestError(
-                f"{'ignore_eos' if self.ignore_eos else 'min_tokens'} contradicts structured_outputs, whose form decides "
-                "where the text ends: leave one of them out"
+                f"{'ignore_eos' if self.ignore_eos else 'min_tokens'} contradicts structured_outputs, whose form "
+                "decides where the text ends: leave one of them out"
             )
 
 

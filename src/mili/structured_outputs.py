@@ -14,7 +14,7 @@ from mili.errors import RequestError
 
 __all__ = ["MAX_FORM_BYTES", "MAX_JSON_NESTING", "StructuredOutputsParams"]
 
-MAX_FORM_BYTES = 256 * 1024
+MAX_FORM_BYTES = 128 * 1024
 """Longest schema, expression or grammar, and longest list of choices, in bytes of UTF-8."""
 
 MAX_JSON_NESTING = 100
@@ -81,7 +81,7 @@ def _schema(value: Any) -> str:
     if not isinstance(parsed, dict):
         raise RequestError(f"structured_outputs.json must be a JSON object, got {type(parsed).__name__}")
     level: list[Any] = [parsed]
-    for _ in range(MAX_JSON_NESTING + 1):
+    for _ in range(MAX_JSON_NESTING):
         children = (item.values() if isinstance(item, dict) else item for item in level)
         level = [child for items in children for child in items if isinstance(child, (dict, list))]
         if not level:

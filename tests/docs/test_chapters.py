@@ -22,7 +22,7 @@ def test_a_chapter_prints_what_it_says(chapter):
 
 def test_the_chapters_with_programs_are_these():
     names = ["README.md", "01_overview.md", "02_kernel_guide.md", "03_python_integration.md", "05_kv_cache.md"]
-    assert [path.name for path in WITH_PYTHON] == names
+    assert [path.name for path in WITH_PYTHON] == [*names, "06_deployment.md"]
 
 
 def test_every_chapter_ends_as_it_should():

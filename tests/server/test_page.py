@@ -2,10 +2,14 @@
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from mili.async_llm import AsyncLLM
+from mili.server.app import create_app
+from mili.server.config import ServerConfig
 from mili.server.page import load_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, which the dev extra installs")
@@ -15,7 +19,7 @@ if CHROMIUM is None:
 
 from playwright.sync_api import Browser, Locator, Page, expect  # noqa: E402
 
-from support.stub_api import Stream, StubApi, chunk, running_stub  # noqa: E402
+from support.stub_api import Stream, StubApi, chunk, running_stub, serving  # noqa: E402
 
 MARKUP = "<img src=x onerror='window.ran = true'><script>window.ran = true</script>"
 
@@ -185,7 +189,7 @@ def test_a_setting_that_cannot_be_meant_is_not_sent(page, stub):
     assert answered(page, stub, "hello", "hi").body["tools"] == []
 
 
-def test_reasoning_is_apart_and_folded_and_not_sent_back(page, stub):
+def test_reasoning_is_apart_and_folded_and_sent_back_apart(page, stub):
     send(page, "why?")
     stream = stub.next()
     stream.send(chunk({"reasoning": "Let me "}), chunk({"reasoning": "see."}))
@@ -198,7 +202,7 @@ def test_reasoning_is_apart_and_folded_and_not_sent_back(page, stub):
     expect(last(page, ".reasoning .said")).to_have_text("Let me see.")
     expect(last(page, ".answer")).to_have_text("Because.")
     messages = answered(page, stub, "sure?", "Yes.").body["messages"]
-    assert messages[1] == {"role": "assistant", "content": "Because."}
+    assert messages[1] == {"role": "assistant", "content": "Because.", "reasoning": "Let me see."}
     expect(last(page, ".reasoning")).to_be_hidden()
 
 
@@ -266,6 +270,26 @@ def test_a_refused_request_says_why_and_can_be_sent_again(page, stub):
     expect(field(page, "Prompt")).to_have_value("hello")
     stub.refusal = None
     assert answered(page, stub, "hello", "hi").body["messages"] == [{"role": "user", "content": "hello"}]
+
+
+def test_a_server_that_is_gone_is_an_error(page, stub):
+    page.context.set_offline(True)
+    send(page, "hello")
+    expect(page.get_by_role("alert")).to_have_text("The server cannot be reached.")
+    page.context.set_offline(False)
+    answered(page, stub, "hello", "hi")
+
+
+def test_a_tool_call_that_was_cut_off_is_not_sent_back(page, stub):
+    send(page, "weather?")
+    stream = stub.next()
+    stream.send(chunk({"tool_calls": [{"index": 0, "id": "c0", "function": {"name": "f", "arguments": '{"ci'}}]}))
+    stream.end(reason="length")
+    expect(last(page, ".facts")).to_contain_text("cut off")
+    expect(last(page, ".call")).to_have_text('{"name": "f", "arguments": {"ci}')
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    messages = answered(page, stub, "hello", "hi").body["messages"]
+    assert messages[1:] == [{"role": "assistant", "content": ""}, {"role": "user", "content": "hello"}]
 
 
 def test_an_error_page_of_a_proxy_is_an_error_too(page, stub):
@@ -445,3 +469,52 @@ def test_the_file_loads_nothing_and_is_allowed_nothing_else():
     assert len(re.findall("<script|<style", page.body)) == 2
     assert "unsafe" not in page.headers["Content-Security-Policy"]
     assert page.headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'sha256-")
+
+
+@pytest.fixture(scope="module")
+def live_server(live_llm: AsyncLLM) -> Iterator[str]:
+    """Where the application as `mili serve` makes it serves the bundled model."""
+    with serving(create_app(live_llm, ServerConfig())) as url:
+        yield url
+
+
+@pytest.fixture
+def live_page(open_page: Callable[[str], Page], live_server: str) -> Page:
+    page = open_page(live_server)
+    expect(field(page, "Model")).to_have_value("tiny-qwen3-code")
+    return page
+
+
+def test_live_completions_come_from_the_cache_the_second_time(live_page):
+    page = live_page
+    page.get_by_text("Complete", exact=True).click()
+    field(page, "Seed").fill("1")
+    field(page, "Max tokens").fill("16")
+    shown = []
+    for turn, cached in enumerate((0, 73)):  # 16 of 22 tokens, a page
+        send(page, "import os\nimport sys\nfrom pathlib import Path\n\ndef read_lines(path: Path) -> list[str]:\n")
+        expect(page.locator("article").nth(turn).locator(".facts")).to_contain_text(
+            re.compile(rf"^\d+ tokens · [\d.]+ tokens/s · first after [\d.]+ s · prompt 22 tokens, {cached} % cached")
+        )
+        shown.append(last(page, ".answer").inner_text())
+    assert shown[0] == shown[1] != ""
+
+
+def test_live_chat_stops_and_the_server_is_free_again(live_page, live_llm):
+    page = live_page
+    send(page, "hello")
+    expect(last(page, ".answer")).not_to_be_empty()
+    page.keyboard.press("Escape")
+    expect(last(page, ".facts")).to_contain_text("stopped")
+    deadline = time.monotonic() + 10
+    while live_llm.num_unfinished and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert live_llm.num_unfinished == 0
+
+
+def test_a_live_refusal_says_which_field(live_page):
+    page = live_page
+    field(page, "Top p").fill("0")
+    send(page, "hello")
+    expect(page.get_by_role("alert").locator("span")).to_contain_text("top_p must be a finite number in (0, 1], got 0")
+    expect(page.get_by_role("alert").locator("small")).to_contain_text("400 · invalid_request_error · top_p")

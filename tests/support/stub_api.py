@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from mili.server.page import load_page
 
@@ -96,8 +97,25 @@ class StubApi:
 
 
 @contextmanager
+def serving(app: ASGIApp) -> Iterator[str]:
+    """Serve `app` on a free port of 127.0.0.1, from a thread; yields its URL."""
+    config = uvicorn.Config(app, port=0, ws="none", log_level="error", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        thread.join(0.01)
+        assert thread.is_alive(), "the server did not start"
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
 def running_stub() -> Iterator[StubApi]:
-    """A stub on a free port of 127.0.0.1."""
+    """A stub that is being served."""
     stub = StubApi()
     routes = [
         Route("/", stub.page),
@@ -105,16 +123,5 @@ def running_stub() -> Iterator[StubApi]:
         Route("/v1/chat/completions", stub.generate, methods=["POST"]),
         Route("/v1/completions", stub.generate, methods=["POST"]),
     ]
-    config = uvicorn.Config(Starlette(routes=routes), port=0, ws="none", log_level="error", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        thread.join(0.01)
-        assert thread.is_alive(), "the stub server did not start"
-    stub.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    try:
+    with serving(Starlette(routes=routes)) as stub.url:
         yield stub
-    finally:
-        server.should_exit = True
-        thread.join()

@@ -10,7 +10,7 @@ from mili.cli.main import main
 from mili.tokenizer import Tokenizer
 from support import fake_llm
 
-COMMANDS = ("generate", "chat", "plan", "bench", "doctor")
+COMMANDS = ("generate", "chat", "run-batch", "plan", "bench", "doctor")
 
 
 @pytest.fixture

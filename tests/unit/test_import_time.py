@@ -33,7 +33,7 @@ def test_import_mili_loads_nothing_heavy():
 def test_help_of_every_command_loads_nothing_heavy():
     code = """
 from mili.cli.main import main
-for words in (["--help"], *([name, "--help"] for name in ("generate", "chat", "plan", "bench", "doctor"))):
+for words in (["--help"], *([name, "--help"] for name in ("generate", "chat", "run-batch", "plan", "bench", "doctor"))):
     try:
         main(words)
     except SystemExit as end:

@@ -2,6 +2,7 @@
 
 It times the public `LLM` only, so it measures what a caller gets. Prompts are random token ids, a fresh set for each
 repeat, so that the prefix cache cannot help; the end-of-sequence token is ignored, so that each request runs to length.
+The other benchmarks are its sub-commands.
 """
 
 import json
@@ -11,7 +12,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from mili.cli.bench_serve import serve
 from mili.cli.options import build_llm, model_options, traceback_option
 from mili.errors import RequestError
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from mili.llm import LLM
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--prompt-len", type=click.IntRange(1), default=512, show_default=True, help="Tokens per prompt.")
 @click.option("--new", "num_new", type=click.IntRange(2), default=128, show_default=True, help="Tokens to generate.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts at once.")
@@ -29,12 +32,20 @@ if TYPE_CHECKING:
 @click.option("--json", "only_json", is_flag=True, help="Print the JSON line only.")
 @model_options
 @traceback_option
-def bench(prompt_len: int, num_new: int, batch: int, repeat: int, only_json: bool, **options: Any) -> None:
+@click.pass_context
+def bench(
+    context: click.Context, /, prompt_len: int, num_new: int, batch: int, repeat: int, only_json: bool, **options: Any
+) -> None:
     """Measure speed beside the memory's ceiling.
 
     Tokens per second, time to first token, time between tokens and bytes per second.
     The last line is JSON; times in seconds, rates per second.
     """
+    if context.invoked_subcommand is not None:
+        for option in context.command.params:
+            if context.get_parameter_source(option.name or "") not in (ParameterSource.DEFAULT, None):
+                raise click.UsageError(f"{option.opts[-1]} is no option of {context.invoked_subcommand} there.")
+        return
     from mili.cli.bandwidth import cpu_read_bandwidth, gpu_copy_bandwidth
 
     start = time.perf_counter()
@@ -66,6 +77,9 @@ def bench(prompt_len: int, num_new: int, batch: int, repeat: int, only_json: boo
     if not only_json:
         click.echo(_table(result))
     click.echo(json.dumps({key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in result.items()}))
+
+
+bench.add_command(serve)
 
 
 def _run_once(llm: "LLM", prompt_len: int, num_new: int, batch: int, seed: int) -> dict[str, float]:

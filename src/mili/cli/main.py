@@ -19,6 +19,8 @@ from mili.cli.compile import compile_command
 from mili.cli.doctor import doctor
 from mili.cli.generate import generate
 from mili.cli.plan import plan
+from mili.cli.run_batch import run_batch
+from mili.cli.serve import serve
 from mili.errors import MiliError
 
 
@@ -28,7 +30,7 @@ def program() -> None:
     """Run Qwen3 language models on mili's own kernels, on CPU and GPU."""
 
 
-for _command in (generate, chat, plan, compile_command, bench, doctor):
+for _command in (generate, chat, serve, run_batch, plan, compile_command, bench, doctor):
     program.add_command(_command)
 
 

@@ -112,9 +112,9 @@ def build_graph(config: ModelConfig, dtype: DType, page_size: int, device: Devic
     """Build the graph of one step.
 
     Inputs, in order: `INPUT_NAMES` (T tokens, B requests, P pages of the longest table, R logit rows, E logit edits,
-    G masks of W words), cos_sin [M, D] float32, k_cache and v_cache (see `kv_cache_shapes`, written in place). Outputs: token_ids [R]
-    int32, logprobs [R] float32, ranks [R] int32, top_ids [R, 20] int32, top_logprobs [R, 20] float32. Weights are
-    external, named as in `weight_specs`.
+    G masks of W words), cos_sin [M, D] float32, k_cache and v_cache (see `kv_cache_shapes`, written in place).
+    Outputs: token_ids [R] int32, logprobs [R] float32, ranks [R] int32, top_ids [R, 20] int32, top_logprobs [R, 20]
+    float32. Weights are external, named as in `weight_specs`.
     """
     on_cpu = device.is_cpu()
     i32, f32 = DType.int32, DType.float32

@@ -5,6 +5,7 @@ Imports no web framework, so the command line can show the defaults. Invariant: 
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from mili.errors import ConfigError
@@ -34,7 +35,7 @@ class ServerConfig:
     access_log: bool = True
     metrics_prefix: str = "mili"
     reasoning_content: bool = False  # also write the reasoning under the name `reasoning_content`
-    tracing: bool = False
+    tracing: bool = False  # OpenTelemetry spans; also switched on by OTEL_EXPORTER_OTLP_ENDPOINT
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -54,3 +55,9 @@ class ServerConfig:
             raise ConfigError(f"metrics_prefix must be a name such as mili or vllm, got {self.metrics_prefix!r}")
         if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in self.api_keys):
             raise ConfigError("an API key must be printable ASCII without spaces and not empty")
+
+    def model_name(self, model: str) -> str:
+        """The name of `model` in the API: the configured one, or its own; of a folder its last part, never its path."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        return Path(model).resolve().name if Path(model).exists() else model

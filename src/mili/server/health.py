@@ -22,8 +22,6 @@ from mili.server.drain import Drain
 from mili.server.errors import ApiError
 from mili.server.service import Service
 
-PROBE_PATHS = frozenset(("/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"))
-
 
 @dataclass(slots=True)
 class Readiness:

@@ -11,8 +11,14 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client import generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -23,7 +29,7 @@ from mili.server.health import Readiness
 from mili.server.middleware import Exchange
 from mili.server.service import Service
 
-_SECONDS = tuple(digit * 10.0**power for power in range(-3, 3) for digit in (1.0, 2.5, 5.0)) + (1000.0,)
+_SECONDS = (*tuple(digit * 10.0**power for power in range(-3, 3) for digit in (1.0, 2.5, 5.0)), 1000.0)
 _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 _STEP_TOKENS = tuple(2.0**power for power in range(15))
 _ENGINE_GAUGES = {
@@ -206,7 +212,11 @@ class EngineCollector(Collector):
             counter.add_metric([model_name], values[name])  # type: ignore[arg-type]
             yield counter
         yield self._gauge("engine_ready", "1 if /ready says 200.", {}, self._readiness.ready)
-        cache = {"block_size": llm.memory.page_size, "num_gpu_blocks": llm.memory.num_pages - 1, "cache_dtype": llm.dtype}
+        cache = {
+            "block_size": llm.memory.page_size,
+            "num_gpu_blocks": llm.memory.num_pages - 1,
+            "cache_dtype": llm.dtype,
+        }
         yield self._gauge("cache_config_info", "The KV cache; vLLM's label names, on the CPU too.", cache, 1)
         startup = GaugeMetricFamily(
             f"{self._prefix}startup_time_seconds", "Phases of the start.", labels=["model_name", "phase"]

@@ -17,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mili.server.errors import ApiError, as_api_error
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; in log and metrics only, nobody is there to receive it
+PROBE_PATHS = frozenset(("/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready", "/metrics"))
+OPEN_PATHS = PROBE_PATHS | {"/"}  # need no key and are answered during a drain; none of them shows what users send
 UNMATCHED = "unmatched"  # stands for every path that is no route: labels must stay few
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
@@ -38,6 +40,11 @@ class Exchange:
     def method_label(self) -> str:
         """The method, from a fixed set."""
         return self.method if self.method in _METHODS else "other"
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether a machine asks this every few seconds."""
+        return self.template in PROBE_PATHS
 
 
 def header(scope: Scope, name: bytes) -> str | None:

@@ -1,7 +1,7 @@
 """The web page at `/`: one file, and headers that let a browser run nothing but what is in it.
 
-Knows the file, not how it is served. Invariant: the policy names the script and the style by their hashes, so it holds
-for exactly the text that goes out with it.
+Knows nothing of the API. Invariant: the policy names the script and the style by their hashes, so it holds for exactly
+the text that goes out with it.
 """
 
 import re
@@ -9,6 +9,9 @@ from base64 import b64encode
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse
 
 _FILE = Path(__file__).with_name("static") / "index.html"
 _INLINE = re.compile(r"<(?P<tag>script|style)>(?P<text>.*?)</(?P=tag)>", re.S)
@@ -20,6 +23,19 @@ class Page:
 
     body: str
     headers: dict[str, str]  # besides Content-Type, which is text/html; charset=utf-8
+
+
+def make_router() -> APIRouter:
+    """`/`."""
+    router = APIRouter()
+    page = load_page()
+
+    @router.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def index() -> HTMLResponse:
+        """The page."""
+        return HTMLResponse(page.body, headers=page.headers)
+
+    return router
 
 
 def load_page() -> Page:

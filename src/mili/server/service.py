@@ -9,7 +9,6 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar, cast
 
 from mili.async_llm import AsyncLLM
@@ -55,10 +54,7 @@ class Service:
     _in_flight: set[str] = field(init=False, default_factory=set)  # the engine's request ids
 
     def __post_init__(self) -> None:
-        name = self.config.served_model_name
-        if name is None:  # a folder's own name says enough: paths are no business of clients
-            name = Path(self.llm.model).name if Path(self.llm.model).exists() else self.llm.model
-        object.__setattr__(self, "model_name", name)
+        object.__setattr__(self, "model_name", self.config.model_name(self.llm.model))
 
     def check_model(self, name: str | None) -> None:
         """Raise the 404 unless `name` is the served model; None means whatever is served."""
