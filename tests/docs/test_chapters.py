@@ -22,11 +22,14 @@ def test_a_chapter_prints_what_it_says(chapter):
 
 def test_the_chapters_with_programs_are_these():
     names = ["README.md", "01_overview.md", "02_kernel_guide.md", "03_python_integration.md", "05_kv_cache.md"]
-    assert [path.name for path in WITH_PYTHON] == [*names, "06_deployment.md"]
+    names += ["06_deployment.md", "08_troubleshooting.md", "10_best_practices.md"]
+    assert [path.name for path in WITH_PYTHON] == names
 
 
 def test_every_chapter_ends_as_it_should():
     for chapter in ROOT.glob("docs/0*.md"):
+        if chapter.name == "09_api_reference.md":
+            continue  # written by a program, to look things up in rather than to read
         headings = re.findall(r"^## (.*)$", chapter.read_text(encoding="utf-8"), re.M)
         assert headings[0] == "Start from a running program"
         assert headings[-2:] == ["Where this lives in the code", "What you can break to see it fail"]
