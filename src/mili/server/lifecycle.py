@@ -59,7 +59,7 @@ def serve(config: ServerConfig, model: str | Path | None, options: Mapping[str, 
         finally:
             if provider is not None:
                 provider.shutdown()
-            closed = _close(llm)
+            closed = _close(llm, _CLOSE_TIMEOUT)
     if not closed:
         _LOG.critical("the engine does not end its step: leaving without it")
         sys.stderr.flush()
@@ -140,7 +140,7 @@ class _Process:
         drain = self._operation.drain
         _LOG.warning("aborting %d requests that were still in flight", drain.num_in_flight)
         self._operation.metrics.shutting_down = True
-        await asyncio.to_thread(_close, self._operation.llm)
+        await asyncio.to_thread(_close, self._operation.llm, _LAST_WORDS)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(drain.wait_idle(), _LAST_WORDS)
 
@@ -174,11 +174,11 @@ async def _tasks(*works: Awaitable[Any]) -> AsyncIterator[Sequence["asyncio.Futu
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _close(llm: AsyncLLM) -> bool:
-    """Close `llm`; False if its engine is stuck in a step."""
+def _close(llm: AsyncLLM, seconds: float) -> bool:
+    """Close `llm`; False if its engine does not end its step in time."""
     closing = threading.Thread(target=llm.close, name="mili-close", daemon=True)
     closing.start()
-    closing.join(_CLOSE_TIMEOUT)
+    closing.join(seconds)
     return not closing.is_alive()
 
 
