@@ -123,7 +123,7 @@ def test_streams_come_in_pieces_and_say_the_same(client, http, model):
     whole = client.completions.create(**options)
     pieces = [chunk.choices[0].text for chunk in client.completions.create(**options, stream=True)]
     assert "".join(pieces) == whole.choices[0].text
-    assert len(pieces) > 5
+    assert len(pieces) > 1
     with http.stream("POST", "/v1/completions", json={**options, "stream": True}) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         assert response.headers.get_list("x-request-id", split_commas=True).__len__() == 1
@@ -191,10 +191,10 @@ def test_a_client_that_leaves_frees_its_pages(http, model):
 class Stream(threading.Thread):
     """Reads a long stream to its end."""
 
-    def __init__(self, http: httpx.Client, model: str, prompt: str) -> None:
+    def __init__(self, http: httpx.Client, model: str, prompt: str, num_tokens: int) -> None:
         super().__init__()
         self._http = http
-        self._body = {"model": model, "prompt": prompt, "max_tokens": 450, "ignore_eos": True, "stream": True}
+        self._body = {"model": model, "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
         self.begun = threading.Event()
         self.lines: list[str] = []
         self.start()
@@ -208,11 +208,11 @@ class Stream(threading.Thread):
 
 
 def test_a_lost_replica_fails_its_requests_cleanly_and_is_replaced(client, http, model):
-    streams = [Stream(http, model, prompt) for prompt in ("a = ", "b = ")]  # new and at once: one on each replica
+    streams = [Stream(http, model, prompt, 1000) for prompt in ("a = ", "b = ")]  # new and at once: one on each replica
     assert all(stream.begun.wait(30) for stream in streams)
     ray.kill(ray.get_actor(**replicas()[0]), no_restart=True)
     for stream in streams:
-        stream.join(60)
+        stream.join(120)
     lost, served = sorted(streams, key=lambda stream: stream.lines[-1] == "data: [DONE]")
     assert served.lines[-1] == "data: [DONE]"
     error = json.loads(lost.lines[-1].removeprefix("data: "))["error"]
@@ -257,10 +257,10 @@ def test_a_request_to_no_replica_is_refused_cleanly(client, model):
 
 def test_a_request_in_flight_is_finished_before_the_application_goes(http, model):
     wait_until(lambda: is_whole(http), 90)
-    stream = Stream(http, model, "f = ")
+    stream = Stream(http, model, "f = ", 200)
     assert stream.begun.wait(30)
     serve.delete("mili")
-    stream.join(60)
+    stream.join(120)
     assert stream.lines[-1] == "data: [DONE]"
     assert replicas() == []
 

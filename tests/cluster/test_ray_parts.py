@@ -4,6 +4,7 @@ import asyncio
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("ray.serve", reason="needs mili[ray]")
@@ -12,7 +13,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 from pydantic import ValidationError  # noqa: E402
 from ray.serve._private.common import DeploymentHandleSource  # noqa: E402
 
-from mili.errors import ConfigError  # noqa: E402
+from mili import SamplingParams  # noqa: E402
+from mili.errors import ConfigError, RequestError  # noqa: E402
+from mili.ray import Generator  # noqa: E402
 from mili.ray.application import Arguments, build, build_app  # noqa: E402
 from mili.ray.asgi import HttpRequest, respond  # noqa: E402
 from mili.ray.metrics import merge  # noqa: E402
@@ -203,3 +206,17 @@ def test_options_are_checked_before_anything_is_deployed():
         build_app(max_queue=-1)
     with pytest.raises(ConfigError, match="num_gpus is 0"):
         build(Arguments(device="gpu"))
+
+
+def test_the_generator_keeps_columns_and_takes_text_or_token_ids(bundled_bf16):
+    params = SamplingParams(temperature=0, max_tokens=4)
+    generator = Generator(None, params, "p", "text", device="cpu", kv_cache_memory_bytes=32 << 20)
+    token_ids = bundled_bf16.get_tokenizer().encode("import ")
+    ids = np.empty(2, dtype=object)  # as Ray hands over a column of lists
+    ids[:] = [np.array(token_ids), np.array(token_ids[:1])]
+    as_text = generator({"p": np.array(["import ", "x = "], dtype=object), "kept": np.array([1, 2])})
+    assert as_text["kept"].tolist() == [1, 2]
+    assert as_text["num_generated_tokens"].tolist() == [4, 4]
+    assert generator({"p": ids})["text"][0] == as_text["text"][0]
+    with pytest.raises(RequestError):
+        generator({"p": np.array([""], dtype=object)})

@@ -129,7 +129,7 @@ def test_the_commands_are_ones_that_mili_takes():
 
 def test_compose_lets_the_server_drain():
     mili = COMPOSE["services"]["mili"]
-    assert int(mili["stop_grace_period"].removesuffix("s")) >= int(option(mili["command"], "drain-timeout")) + 10
+    assert int(mili["stop_grace_period"].removesuffix("s")) >= int(option(mili["command"], "drain-timeout")) + 15
 
 
 def test_compose_names_what_is_there():

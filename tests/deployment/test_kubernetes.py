@@ -100,7 +100,7 @@ def test_probes_ask_what_they_should(container):
 def test_there_is_time_to_drain(pod, container):
     sleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     drain = int(option(container["args"], "drain-timeout"))
-    assert pod["terminationGracePeriodSeconds"] >= sleep + drain + 10
+    assert pod["terminationGracePeriodSeconds"] >= sleep + drain + 15
 
 
 def test_the_pod_meets_the_restricted_profile(pod, container):

@@ -37,7 +37,7 @@ class Generator:
         Args:
             model: As for `LLM`; a folder must be there on every node.
             sampling_params: For all rows; None for the model's defaults.
-            prompt_column: Has the prompts, as text, or conversations, as lists of messages.
+            prompt_column: Has the prompts, as text or as token ids.
             output_column: Gets the first completion's text.
             options: As for `LLM`.
         """

@@ -17,6 +17,7 @@ from mili.ray.asgi import HttpRequest, Message, respond
 from mili.server.app import create_app
 from mili.server.config import ServerConfig
 from mili.server.metrics import StepTotals
+from mili.server.tracing import make_provider
 
 
 class Replica:
@@ -29,7 +30,10 @@ class Replica:
         load = partial(AsyncLLM, model, max_queue=config.max_queue, on_step=steps.add, **options)
         self._llm = await asyncio.to_thread(load)
         self._resources.push_async_callback(asyncio.to_thread, self._llm.close)
-        self._app = create_app(self._llm, config, steps)
+        tracing = make_provider(config)
+        if tracing is not None:
+            self._resources.push_async_callback(asyncio.to_thread, tracing.shutdown)
+        self._app = create_app(self._llm, config, steps, tracing)
         await self._resources.enter_async_context(self._app.router.lifespan_context(self._app))
 
     async def handle_http(self, request: HttpRequest) -> AsyncIterator[list[Message]]:
