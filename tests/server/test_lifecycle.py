@@ -169,6 +169,17 @@ def test_unused_connections_do_not_hold_up_the_exit():
             assert time.monotonic() - started < 5
 
 
+def test_a_trace_collector_that_does_not_answer_does_not_hold_up_the_exit():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with serve(exit_code=None, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint) as live:
+            assert httpx.post(f"{live.url}{PATH}", json=body(num_tokens=2), timeout=60).status_code == 200
+            started = time.monotonic()
+            live.process.send_signal(signal.SIGTERM)
+            assert live.process.wait(30) == 0
+            assert time.monotonic() - started < 10
+
+
 def test_a_signal_while_loading_ends_the_process():
     with process([sys.executable, "-m", "mili", "serve", "--port", str(free_port())]) as live:
         status = Path(f"/proc/{live.pid}/status")
