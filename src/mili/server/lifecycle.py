@@ -37,7 +37,7 @@ from mili.server.tracing import make_provider
 
 _LOG = logging.getLogger("mili.server")
 _LAST_WORDS = 2.0  # seconds for the answers to requests that were aborted, and for /health to say that the engine died
-_CLOSE_TIMEOUT = 5.0  # seconds for the engine to finish its step
+_CLOSE_TIMEOUT = 5.0  # seconds for the engine to finish its step, and for the last spans to be exported
 _MAX_OPEN_FILES = 65536  # one for each connection; the usual soft limit of 1024 would be the server's
 
 
@@ -58,8 +58,8 @@ def serve(config: ServerConfig, model: str | Path | None, options: Mapping[str, 
             exit_code = uvloop.run(_Process(create_app(llm, config, steps, provider), listener).run())
         finally:
             if provider is not None:
-                provider.shutdown()
-            closed = _close(llm)
+                _within(_CLOSE_TIMEOUT, provider.shutdown)  # a collector that does not answer keeps nobody here
+            closed = _within(_CLOSE_TIMEOUT, llm.close)
     if not closed:
         _LOG.critical("the engine does not end its step: leaving without it")
         sys.stderr.flush()
@@ -140,7 +140,7 @@ class _Process:
         drain = self._operation.drain
         _LOG.warning("aborting %d requests that were still in flight", drain.num_in_flight)
         self._operation.metrics.shutting_down = True
-        await asyncio.to_thread(_close, self._operation.llm)
+        await asyncio.to_thread(_within, _LAST_WORDS, self._operation.llm.close)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(drain.wait_idle(), _LAST_WORDS)
 
@@ -174,12 +174,12 @@ async def _tasks(*works: Awaitable[Any]) -> AsyncIterator[Sequence["asyncio.Futu
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _close(llm: AsyncLLM) -> bool:
-    """Close `llm`; False if its engine is stuck in a step."""
-    closing = threading.Thread(target=llm.close, name="mili-close", daemon=True)
-    closing.start()
-    closing.join(_CLOSE_TIMEOUT)
-    return not closing.is_alive()
+def _within(seconds: float, function: Callable[[], None]) -> bool:
+    """Call `function`, and go on without it if it takes longer; whether it returned."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def _stop_loading(number: int, frame: object) -> None:
