@@ -93,7 +93,8 @@ class Tokenizer:
             raise RequestError(f"text to encode must be a str, got {type(text).__name__}")
         try:
             # Of a batch of one, because `encode` keeps Python's other threads waiting all the while.
-            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens and self._bos is None)
+            added = add_special_tokens and self._bos is None
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=added)
         except TypeError as error:
             lone = next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
             raise RequestError(f"text is not valid Unicode: lone surrogate at character {lone}") from error
