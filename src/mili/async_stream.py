@@ -23,6 +23,7 @@ class Stream:
         self.n = n
         self.mailbox = mailbox
         self.final_only = final_only  # the reader waits for the last output
+        self.begun = False  # a first output was sent; set by the sender
         self.ended = False  # the reader has seen the last output, or the exception
         self._news: News | None = None
         self._reader: asyncio.Future[None] | None = None
@@ -61,6 +62,7 @@ class Mailbox:
         """`on_free` is called on `loop` when outputs were handed out and there is room for more."""
         self.loop = loop
         self.busy = False  # set by the sender, cleared by the loop
+        self.last_round = 0.0  # when all that was new was sent; kept by the sender
         self._on_free = on_free
 
     def post(self, batch: Sequence[tuple[Stream, News]]) -> bool:

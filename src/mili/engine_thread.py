@@ -6,7 +6,8 @@
              step and loop
 
 Everything that touches the engine is a command, run between two steps; the thread sleeps on their queue while there is
-nothing to compute. A loop that is still busy with the outputs of one step gets those of later steps together.
+nothing to compute. Streams advance at most once in `stream_interval`, first and last outputs aside: an output of one
+token costs its reader's thread about as much as one of ten. A loop that is still busy gets later outputs together.
 
 Knows no HTTP and no text. Invariants: a request that was accepted ends exactly once, with a last output or with an
 exception; one that was aborted holds no pages after the step that is running.
@@ -38,14 +39,17 @@ _LOG = logging.getLogger("mili.engine")
 class EngineThread:
     """Owns `engine` until `close`. Its public methods may be called from any thread."""
 
-    def __init__(self, engine: Engine, limit: int | None, on_step: Callable[[StepStats], None] | None) -> None:
+    def __init__(
+        self, engine: Engine, limit: int | None, stream_interval: float, on_step: Callable[[StepStats], None] | None
+    ) -> None:
         """Start the thread; `limit` is the most completions that may be unfinished at once."""
         self._engine = engine
         self._limit = limit
+        self._stream_interval = stream_interval  # seconds
         self._on_step = on_step
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._streams: dict[str, Stream] = {}  # of the unfinished requests
-        self._news: dict[str, None] = {}  # of those, in order, the ones with something to deliver
+        self._news: dict[str, bool] = {}  # of those, in order, the ones with something to deliver; True if at once
         self._last_error: BaseException | None = None
         self._lock = threading.Lock()  # guards what follows, and that a command is queued before the thread's end
         self._num_unfinished = 0
@@ -183,14 +187,22 @@ class EngineThread:
     def _note(self, progress: Progress) -> None:
         """Remember whom a step brought something that the reader wants to see."""
         for request_id in progress.advanced:
-            if not self._streams[request_id].final_only:
-                self._news[request_id] = None
-        self._news.update(dict.fromkeys(progress.finished))
+            stream = self._streams[request_id]
+            if not stream.final_only:
+                self._news[request_id] = self._news.get(request_id, False) or not stream.begun
+                stream.begun = True
+        self._news.update(dict.fromkeys(progress.finished, True))
 
     def _deliver(self) -> None:
         """Take the outputs of the readers whose loops have room, and send them."""
         ready: dict[str, News] = {}
-        for request_id in [i for i in self._news if self._streams[i].mailbox.has_room]:
+        now = time.monotonic()
+        for request_id, at_once in list(self._news.items()):
+            mailbox = self._streams[request_id].mailbox
+            if now >= mailbox.last_round + self._stream_interval:
+                mailbox.last_round = now
+            if not mailbox.has_room or not (at_once or mailbox.last_round == now):
+                continue
             try:
                 ready[request_id] = self._engine.take(request_id)
             except Exception as error:

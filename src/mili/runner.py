@@ -99,7 +99,7 @@ class Runner:
                 arrays[name] = getattr(batch if hasattr(batch, name) else sampling, name)
         rows = len(batch.logit_rows)
         wants_logprobs = bool((sampling.ints[:, 1] >= 0).any())
-        with self._threads.working(self):
+        with self._threads.working(self, on_cpu=self.device.is_host):
             return StepOutput(*self._run(arrays, rows, 5 if wants_logprobs else 1))
 
     def rest(self) -> None:

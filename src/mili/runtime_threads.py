@@ -1,10 +1,10 @@
-"""Lets the threads of MAX's runtime sleep while there is nothing to compute.
+"""Lets MAX's polling thread sleep while there is nothing for it to do.
 
 The first execution of a graph starts a thread that wakes every 0.2 ms for as long as the process lives: a tenth of a
-core for an idle server. It waits with a timer, and Linux lets a process say how late a thread's timers may be; an idle
-one's may be very late. Linux only, elsewhere this does nothing.
+core for an idle server, and on a CPU so much less for its kernels. It waits with a timer, and Linux lets a process say
+how late a thread's timers may be. Linux only, elsewhere this does nothing.
 
-Invariant: while any runner of the process works, every timer is as exact as the system made it.
+Invariant: while any runner of the process works on a GPU, every timer is as exact as the system made it.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 
 _TASKS = Path("/proc/self/task")
 _EXACT_NS = 50_000  # Linux's own default
-_IDLE_NS = 50_000_000
+_LATE_NS = 50_000_000
 
 
 class RuntimeThreads:
@@ -24,12 +24,12 @@ class RuntimeThreads:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ids: list[str] | None = None  # unknown before the first execution
-        self._working: set[object] = set()  # the runners that may execute at any moment
+        self._working: set[object] = set()  # the runners that may execute on a GPU at any moment
 
     @contextlib.contextmanager
-    def working(self, runner: object) -> Iterator[None]:
-        """Around an execution by `runner`."""
-        if runner not in self._working:
+    def working(self, runner: object, *, on_cpu: bool) -> Iterator[None]:
+        """Around an execution by `runner`; on the CPU it is over when it returns, and nothing needs polling."""
+        if not on_cpu and runner not in self._working:
             with self._lock:
                 if not self._working:
                     self._set_slack(_EXACT_NS)
@@ -39,7 +39,10 @@ class RuntimeThreads:
             return
         before = _threads()
         yield
-        self._ids = sorted(_threads() - before)
+        with self._lock:
+            self._ids = sorted(_threads() - before)
+            if not self._working:
+                self._set_slack(_LATE_NS)
 
     def rest(self, runner: object) -> None:
         """`runner` has nothing left to compute for now."""
@@ -47,7 +50,7 @@ class RuntimeThreads:
             with self._lock:
                 self._working.remove(runner)
                 if not self._working:
-                    self._set_slack(_IDLE_NS)
+                    self._set_slack(_LATE_NS)
 
     def _set_slack(self, nanoseconds: int) -> None:
         for thread in self._ids or ():

@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import asyncio, sys, time
 from pathlib import Path
-from mili import LLM, AsyncLLM, SamplingParams
+from mili import LLM, AsyncLLM, SamplingParams, runtime_threads
 
 def busiest():
     "Share of a core, over a second, of the busiest thread."
@@ -19,12 +19,11 @@ def busiest():
     time.sleep(1)
     return max(value - first.get(task, 0.0) for task, value in seconds().items())
 
+if sys.argv[1:] == ["planted"]:
+    runtime_threads._LATE_NS = runtime_threads._EXACT_NS
 params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 with LLM() as llm:
     llm.generate([5, 6], params, use_tqdm=False)
-    if sys.argv[1:] == ["planted"]:
-        llm._loaded.engine.rest = llm._loaded.engine._runner.rest = lambda: None
-        llm.generate([5, 6], params, use_tqdm=False)
     time.sleep(0.5)  # workers look for more to do for a moment before they sleep
     print(busiest())
 llm = AsyncLLM()

@@ -5,6 +5,7 @@ Invariant: when one of these returns or raises, none of the work that it was giv
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -38,6 +39,11 @@ async def gather(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """What the streams yield, with their indices, as it comes; a stream is asked for more when its last was taken."""
+    if len(streams) == 1:  # the common case, without two tasks an item
+        async with aclosing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
     pending = {asyncio.create_task(_next(stream)): index for index, stream in enumerate(streams)}
     try:
         while pending:

@@ -53,7 +53,9 @@ def serve(config: ServerConfig, model: str | Path | None, options: Mapping[str, 
         signal.signal(signal.SIGTERM, _stop_loading)
         provider = make_provider(config)
         steps = StepTotals()
-        llm = AsyncLLM(model, max_queue=config.max_queue, on_step=steps.add, **options)
+        llm = AsyncLLM(
+            model, max_queue=config.max_queue, stream_interval=config.stream_interval, on_step=steps.add, **options
+        )
         try:
             exit_code = uvloop.run(_Process(create_app(llm, config, steps, provider), listener).run())
         finally:
