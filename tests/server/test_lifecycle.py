@@ -158,6 +158,26 @@ def test_a_second_signal_does_not_wait(tmp_path):
         assert ended_early(live, signal.SIGTERM, signal.SIGTERM) < 10
 
 
+def test_an_answer_that_is_read_slowly_is_read_whole():
+    content = json.dumps({"prompt": "a b c d " * 450_000}).encode()  # its answer is larger than all buffers on the way
+    with serve(exit_code=None) as live:
+        host, port = live.url.removeprefix("http://").split(":")
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.settimeout(60)
+            sock.connect((host, int(port)))
+            head = ("Host: x", "Content-Type: application/json", f"Content-Length: {len(content)}", "", "")
+            sock.sendall("\r\n".join(("POST /tokenize HTTP/1.1", *head)).encode() + content)
+            received = sock.recv(1024)
+            live.process.send_signal(signal.SIGTERM)
+            time.sleep(3)
+            while data := sock.recv(65536):
+                received += data
+        head, _, answer = received.partition(b"\r\n\r\n")
+        assert len(answer) == int(re.search(rb"content-length: (\d+)", head)[1]) > 6 << 20
+        assert live.process.wait(10) == 0
+
+
 def test_unused_connections_do_not_hold_up_the_exit():
     with serve(exit_code=None) as live, httpx.Client(base_url=live.url) as client:
         client.get("/health")  # and keeps the connection
