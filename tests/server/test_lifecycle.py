@@ -163,7 +163,7 @@ def test_an_answer_that_is_read_slowly_is_read_whole():
     with serve(exit_code=None) as live:
         host, port = live.url.removeprefix("http://").split(":")
         with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
             sock.settimeout(60)
             sock.connect((host, int(port)))
             head = ("Host: x", "Content-Type: application/json", f"Content-Length: {len(content)}", "", "")
