@@ -17,6 +17,7 @@ another's text (`str(error)`) is passed over.
 """
 
 import ast
+import gc
 import itertools
 import re
 import sys
@@ -37,7 +38,7 @@ _SPAN = re.compile(r"(`+) ?((?:(?!\1).)+?) ?\1", re.S)  # one code span
 
 def messages(source: Path = SOURCE) -> dict[str, str]:
     """The template of every message that the modules under `source` raise, and where it is raised first."""
-    errors = ast.parse((source / "errors.py").read_text(encoding="utf-8"))
+    errors = _parsed(source / "errors.py")
     constructors = {**{node.name: 0 for node in errors.body if isinstance(node, ast.ClassDef)}, **_CONSTRUCTORS}
     found: dict[str, str] = {}
     for path, module in _modules(source):
@@ -76,9 +77,18 @@ def entries(chapter: str) -> dict[str, tuple[str, str]]:
     return found
 
 
+def _parsed(path: Path) -> ast.Module:
+    """The syntax tree; Python 3.11 takes a garbage collection at the wrong moment for a fault of its own."""
+    gc.disable()
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    finally:
+        gc.enable()
+
+
 def _modules(source: Path) -> Iterator[tuple[Path, "_Module"]]:
     for path in sorted(source.rglob("*.py")):
-        yield path, _Module(ast.parse(path.read_text(encoding="utf-8")))
+        yield path, _Module(_parsed(path))
 
 
 class _Module:

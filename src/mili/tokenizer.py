@@ -92,12 +92,15 @@ class Tokenizer:
         if not isinstance(text, str):
             raise RequestError(f"text to encode must be a str, got {type(text).__name__}")
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens and self._bos is None).ids
+            # Of a batch of one, because `encode` keeps Python's other threads waiting all the while.
+            added = add_special_tokens and self._bos is None
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=added)
         except TypeError as error:
             lone = next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
             raise RequestError(f"text is not valid Unicode: lone surrogate at character {lone}") from error
         if add_special_tokens and self._bos is not None:
-            return [*self._bos, *ids, *self._eos]
+            return [*self._bos, *encoding.ids, *self._eos]
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:

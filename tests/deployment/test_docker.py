@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mili.cli.main import program
-from support.deployment import DASHBOARD, DOCKER, ROOT, documents, option, stages
+from support.deployment import DASHBOARD, DOCKER, ROOT, documents, option, parse_serve, stages
 
 STAGES = stages(DOCKER / "Dockerfile")
 (COMPOSE,) = documents(DOCKER / "compose.yaml")
@@ -120,11 +119,10 @@ def test_the_health_check_fails_where_nobody_listens():
 
 
 def test_the_commands_are_ones_that_mili_takes():
-    serve = program.commands["serve"]
     assert ENTRYPOINT[:2] == ["mili", "serve"]
     assert option(ENTRYPOINT, "port") in STAGES["cpu"]["EXPOSE"]
     assert option(ENTRYPOINT, "host") == "0.0.0.0"
-    serve.make_context("serve", [*ENTRYPOINT[2:], *COMPOSE["services"]["mili"]["command"]])
+    parse_serve([*ENTRYPOINT[2:], *COMPOSE["services"]["mili"]["command"]])
 
 
 def test_compose_lets_the_server_drain():

@@ -7,8 +7,7 @@ import shutil
 import pytest
 import yaml
 
-from mili.cli.main import program
-from support.deployment import DOCKER, KUBERNETES, documents, option, rendered, stages
+from support.deployment import DOCKER, KUBERNETES, documents, option, parse_serve, rendered, stages
 
 OVERLAYS = ["cpu", "nvidia"]
 OLDEST, NEWEST = "1.30", "1.37"  # of Kubernetes: the preStop sleep came with 1.30
@@ -125,7 +124,7 @@ def test_the_command_is_one_that_mili_takes(manifests, container):
     assert container["envFrom"] == [{"configMapRef": {"name": manifests["ConfigMap"]["metadata"]["name"]}}]
     words = [re.sub(r"\$\((\w+)\)", lambda match: values[match[1]], word) for word in container["args"]]
     assert values.keys() == set(re.findall(r"\$\((\w+)\)", " ".join(container["args"]))), "set and not used"
-    program.commands["serve"].make_context("serve", words)
+    assert parse_serve(words)["model"] == values["MILI_MODEL"]
 
 
 def test_no_key_is_in_the_tree(container):

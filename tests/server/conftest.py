@@ -11,9 +11,11 @@ import uvicorn
 
 import mili
 from mili.async_llm import AsyncLLM
+from mili.server.app import create_app
+from mili.server.config import ServerConfig
 from mili.tokenizer import Tokenizer
 from support import fake_llm
-from support.api import Api, Recorder, make_app
+from support.api import Api
 
 BUNDLED = Path(mili.__file__).parent / "data" / "tiny-qwen3-code"
 
@@ -51,8 +53,8 @@ def live_llm() -> Iterator[AsyncLLM]:
 @pytest.fixture(scope="session")
 def live_url(live_llm: AsyncLLM) -> Iterator[str]:
     """Where it is served, by uvicorn on a thread of this process."""
-    app = make_app(live_llm, Recorder())
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
+    app = create_app(live_llm, ServerConfig(access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, name="uvicorn")
     thread.start()
     deadline = time.monotonic() + 30

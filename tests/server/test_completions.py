@@ -203,6 +203,8 @@ def test_the_model_is_listed_and_found(make_api):
 
 
 def test_a_folder_is_served_under_its_own_name(make_api, tmp_path):
-    (tmp_path / "my-model").symlink_to(Path(mili.__file__).parent / "data" / "tiny-qwen3-code")
+    (tmp_path / "my-model").mkdir()
+    for file in (Path(mili.__file__).parent / "data" / "tiny-qwen3-code").iterdir():
+        (tmp_path / "my-model" / file.name).symlink_to(file)
     api = make_api(llm={"model": str(tmp_path / "my-model")})
     assert api.request("GET", "/v1/models").json()["data"][0]["id"] == "my-model"

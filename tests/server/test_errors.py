@@ -13,7 +13,13 @@ from support.api import events_of
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello?"}]
 NESTED: dict[str, Any] = json.loads('{"items":' * 200 + "{}" + "}" * 200)
+ALIEN = {"type": "object", "properties": {"a": {"type": "alien"}}}
+STRICT_ALIEN = {"type": "function", "function": {"name": "f", "parameters": ALIEN, "strict": True}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
 
 
 def chat(**fields: Any) -> dict[str, Any]:
@@ -94,10 +100,14 @@ def completion(**fields: Any) -> dict[str, Any]:
         (CHAT, chat(structured_outputs={"json": "{"}), "structured_outputs.json"),
         (
             CHAT,
-            chat(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": NESTED}}),
+            chat(response_format=schema_format(NESTED)),
             "response_format",
         ),
         (CHAT, chat(structured_outputs={"structural_tag": "a"}), "structured_outputs.structural_tag"),
+        (CHAT, chat(structured_outputs={"regex": "("}), "structured_outputs.regex"),
+        (COMPLETIONS, completion(structured_outputs={"grammar": "nonsense"}), "structured_outputs.grammar"),
+        (CHAT, chat(response_format=schema_format({"type": "alien"})), "response_format"),
+        (CHAT, chat(tools=[STRICT_ALIEN]), "tools"),
         (CHAT, chat(chat_template="{{ 1 }}"), "chat_template"),
         (CHAT, chat(continue_final_message=True), "continue_final_message"),
         (CHAT, chat(chat_template_kwargs=[]), "chat_template_kwargs"),

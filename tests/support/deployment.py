@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
+
+from mili.cli.main import program
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "deployment" / "docker"
@@ -51,3 +54,9 @@ def option(arguments: Sequence[str], name: str) -> str:
     """The value of `--name=value` or `--name value` on a command line."""
     words = [word for argument in arguments for word in argument.split("=", 1)]
     return words[words.index(f"--{name}") + 1]
+
+
+def parse_serve(arguments: Sequence[str]) -> dict[str, Any]:
+    """The options of `mili serve ARGUMENTS`; raises click.UsageError for what it does not take."""
+    with click.Context(program, info_name="mili", **program.context_settings) as parent:
+        return program.commands["serve"].make_context("serve", list(arguments), parent=parent).params

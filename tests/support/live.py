@@ -60,7 +60,7 @@ def serve(*args: str, exit_code: int | None = 0, **environment: str) -> Iterator
 
 def _served(live: Live, exit_code: int | None) -> Iterator[Live]:
     process = live.process
-    _wait_ready(live)
+    wait_ready(live)
     yield live
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
@@ -69,7 +69,8 @@ def _served(live: Live, exit_code: int | None) -> Iterator[Live]:
         assert process.returncode == exit_code, live.log()
 
 
-def _wait_ready(live: Live, seconds: float = 180.0) -> None:
+def wait_ready(live: Live, seconds: float = 180.0) -> None:
+    """Wait until the server says that it is ready."""
     deadline = time.monotonic() + seconds  # the first start compiles
     while True:
         assert live.process.poll() is None, live.log()

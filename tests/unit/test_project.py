@@ -60,7 +60,8 @@ def check_command(words: list[str]) -> None:
     if words[0] == "mili":
         assert "mili" in PYPROJECT["project"]["scripts"]
         command = program.commands[words[1]]
-        command.make_context(words[1], words[2:])  # parses only; raises click.UsageError for an unknown option
+        parent = program.make_context("mili", [], resilient_parsing=True)
+        command.make_context(words[1], words[2:], parent=parent)  # parses only; UsageError for an unknown option
     elif words[:2] == ["python", "-m"]:
         assert find_spec(words[2]) is not None, words
     else:
