@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from support.live import Live, _wait_ready, free_port, serve
+from support.live import Live, free_port, serve, wait_ready
 
 PATH = "/v1/completions"
 FAULTY = """
@@ -81,18 +81,15 @@ def test_a_signal_under_load_loses_nothing_that_was_accepted(number):
                 posts = [asyncio.create_task(post(client, num_tokens=n, stream=stream)) for n, stream in plan]
                 await wait_until(lambda: in_flight(live) == len(plan))
                 live.process.send_signal(number)
-                refused = late = None
-                while not all(task.done() for task in posts):
-                    ready = await client.get("/ready")
-                    if ready.status_code == 503 and refused is None:
-                        late = ready
-                        refused = await client.post(PATH, json=body(num_tokens=1))
+                while (ready := await client.get("/ready")).status_code == 200:
                     await asyncio.sleep(0.02)
-                return plan, [await task for task in posts], late, refused
+                refused = await client.post(PATH, json=body(num_tokens=1))
+                assert not all(task.done() for task in posts), "the drain is not over"
+                return plan, [await task for task in posts], ready, refused
 
-        plan, answers, late, refused = asyncio.run(main())
+        plan, answers, ready, refused = asyncio.run(main())
         assert [is_whole(*want, *got) for want, got in zip(plan, answers, strict=True)] == [True] * len(plan)
-        assert late.json()["error"]["code"] == "draining"
+        assert ready.json()["error"]["code"] == "draining"
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "draining"
         assert int(refused.headers["retry-after"]) > 0
@@ -158,6 +155,26 @@ def test_a_second_signal_does_not_wait(tmp_path):
         assert ended_early(live, signal.SIGTERM, signal.SIGTERM) < 10
 
 
+def test_an_answer_that_is_read_slowly_is_read_whole():
+    content = json.dumps({"prompt": "a b c d " * 450_000}).encode()  # its answer is larger than all buffers on the way
+    with serve(exit_code=None) as live:
+        host, port = live.url.removeprefix("http://").split(":")
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
+            sock.settimeout(60)
+            sock.connect((host, int(port)))
+            head = ("Host: x", "Content-Type: application/json", f"Content-Length: {len(content)}", "", "")
+            sock.sendall("\r\n".join(("POST /tokenize HTTP/1.1", *head)).encode() + content)
+            received = sock.recv(1024)
+            live.process.send_signal(signal.SIGTERM)
+            time.sleep(3)
+            while data := sock.recv(65536):
+                received += data
+        head, _, answer = received.partition(b"\r\n\r\n")
+        assert len(answer) == int(re.search(rb"content-length: (\d+)", head)[1]) > 6 << 20
+        assert live.process.wait(10) == 0
+
+
 def test_unused_connections_do_not_hold_up_the_exit():
     with serve(exit_code=None) as live, httpx.Client(base_url=live.url) as client:
         client.get("/health")  # and keeps the connection
@@ -215,7 +232,7 @@ def faulty(folder, script, *args, broken=False):
     (folder / "faulty.py").write_text(script)
     words = [str(folder / "broken"), "serve", "--port", str(free_port()), *args]
     with process([sys.executable, str(folder / "faulty.py"), *words]) as live:
-        _wait_ready(live)
+        wait_ready(live)
         if broken:
             (folder / "broken").touch()
         yield live

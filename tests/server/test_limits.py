@@ -20,13 +20,13 @@ POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 
 async def echo(scope, receive, send):
-    """Answers with the size of the body, after the pause that the query gives."""
+    """Answers with the size of the body and the number of headers, after the pause that the query gives."""
     message = await receive() if scope["method"] == "POST" else {}
     assert not message.get("more_body", False)
     body = str(len(message.get("body", b""))).encode()
     if scope["query_string"]:
         await asyncio.sleep(float(scope["query_string"]))
-    headers = [(b"content-length", str(len(body)).encode())]
+    headers = [(b"content-length", str(len(body)).encode()), (b"x-headers", str(len(scope["headers"])).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -104,6 +104,14 @@ def test_a_client_that_never_stops_sending_is_cut_off(address):
             sock.sendall(chunked(b"x" * 65536))
             sent += 65536
     assert sent < 64 << 20
+
+
+def test_trailers_are_no_headers(address):
+    end = (b"0\r\n", b"X-Api-Key: late\r\n\r\n")
+    head = POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    received = exchange(address, head + chunked(b"x") + b"".join(end))
+    assert last_answer(received) == (200, b"1")
+    assert b"x-headers: 4\r\n" in received
 
 
 def test_trailers_without_end_are_cut_off(address):
