@@ -73,11 +73,12 @@ class AsyncLLM:
         self.startup_seconds = {**self._loaded.startup_seconds, "total": time.perf_counter() - started}
 
     async def generate(
-        self, prompt: PromptLike, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self, prompt: PromptLike | Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncIterator[RequestOutput]:
         """Complete one prompt, yielding as tokens come: `text` is all there is so far, `delta` what is new.
 
-        A slow reader gets several tokens in one output. Leaving the loop early aborts the request.
+        A slow reader gets several tokens in one output. Leaving the loop early aborts the request. A `Prompt`, as
+        `render_chat` returns it, is taken as it is; other forms are checked token by token.
 
         Raises:
             RequestError: The request can never be served, or its id is in use.
@@ -93,7 +94,7 @@ class AsyncLLM:
             self._leave(stream)
 
     async def complete(
-        self, prompt: PromptLike, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self, prompt: PromptLike | Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
     ) -> RequestOutput:
         """The finished output alone, which costs less than reading a stream; cancellation aborts the request.
 
@@ -162,10 +163,15 @@ class AsyncLLM:
         self._loaded.close()
 
     async def _submit(
-        self, prompt: PromptLike, sampling_params: SamplingParams | None, request_id: str | None, *, final_only: bool
+        self,
+        prompt: PromptLike | Prompt,
+        sampling_params: SamplingParams | None,
+        request_id: str | None,
+        *,
+        final_only: bool,
     ) -> Stream:
         """Check a request and send it to the engine."""
-        prompts = parse_prompts(prompt)
+        prompts = [prompt] if isinstance(prompt, Prompt) else parse_prompts(prompt)
         if len(prompts) != 1:
             raise RequestError(f"one prompt at a time, got {len(prompts)}: send them as requests of their own")
         (params,) = match_params(sampling_params, 1, self._loaded.default_params)

@@ -44,7 +44,7 @@ class ServerConfig:
         if self.max_queue < 0:
             raise ConfigError(f"max_queue must be at least 0, got {self.max_queue}")
         if self.stream_interval < 0:
-            raise ConfigError(f"stream_interval must be at least 0, got {self.stream_interval}")
+            raise ConfigError(f"stream_interval must be at least 0 seconds, got {self.stream_interval}")
         for name in ("max_body_bytes", "max_header_bytes", "read_timeout", "write_timeout", "keep_alive"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")

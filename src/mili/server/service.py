@@ -14,6 +14,7 @@ from typing import ParamSpec, Protocol, TypeVar, cast
 from mili.async_llm import AsyncLLM
 from mili.errors import EngineDeadError, QueueFullError, RequestError
 from mili.outputs import FinishReason, RequestOutput
+from mili.prompts import Prompt
 from mili.sampling_params import SamplingParams
 from mili.server.config import ServerConfig
 from mili.server.errors import ApiError
@@ -78,12 +79,12 @@ class Service:
         await off_loop(size, self.llm.check, prompt_token_ids, params)
 
     async def stream(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
+        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as tokens come; closing the generator aborts the request."""
         with self._observed(prompt_token_ids, params, request_id) as engine_id:
             output: RequestOutput | None = None
-            outputs = self.llm.generate(prompt_token_ids, params, engine_id)
+            outputs = self.llm.generate(Prompt(None, prompt_token_ids), params, engine_id)
             async with aclosing(cast(AsyncGenerator[RequestOutput, None], outputs)):
                 async for following in outputs:
                     if output is None:
@@ -95,10 +96,10 @@ class Service:
             self._finish(engine_id, output, params)
         yield output
 
-    async def complete(self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str) -> RequestOutput:
+    async def complete(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str) -> RequestOutput:
         """The finished output; cancellation aborts the request."""
         with self._observed(prompt_token_ids, params, request_id) as engine_id:
-            output = await self.llm.complete(prompt_token_ids, params, engine_id)
+            output = await self.llm.complete(Prompt(None, prompt_token_ids), params, engine_id)
             self.observer.first_token(engine_id, output)
             self._finish(engine_id, output, params)
         return output
