@@ -1,7 +1,6 @@
 """`AsyncLLM` on a fake device: what readers see, what aborts free, and what a death leaves behind."""
 
 import asyncio
-import threading
 import time
 from pathlib import Path
 
@@ -266,7 +265,7 @@ def test_close_ends_readers_and_waits_for_the_thread(runners):
     asyncio.run(main())
     llm.close()
     assert runners[0].closed
-    assert not any(thread.name == "mili-engine" for thread in threading.enumerate())
+    assert not llm._thread._thread.is_alive()
 
 
 def test_a_loop_that_ends_early_leaves_nothing_behind(llm):
