@@ -194,4 +194,4 @@ class AsyncLLM:
 
     def _leave(self, stream: Stream) -> None:
         if not stream.ended:
-            self._thread.abort(stream.request_id)
+            self._thread.leave(stream)

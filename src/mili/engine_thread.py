@@ -85,6 +85,10 @@ class EngineThread:
         """End a request after the step that is running; its reader gets a last output with finish_reason "abort"."""
         self._commands.put(partial(self._abort, request_id))
 
+    def leave(self, stream: Stream) -> None:
+        """The reader of `stream` has gone: end its request, if it has not ended, and never another one with its id."""
+        self._commands.put(partial(self._end_unread, stream))
+
     def call(self, function: Callable[[], _Result]) -> "Future[_Result]":
         """Run `function` between two steps."""
         result: Future[_Result] = Future()
@@ -184,6 +188,10 @@ class EngineThread:
         if output is not None:
             self._send({request_id: output})
 
+    def _end_unread(self, stream: Stream) -> None:
+        if self._streams.get(stream.request_id) is stream:
+            self._abort(stream.request_id)
+
     def _note(self, progress: Progress) -> None:
         """Remember whom a step brought something that the reader wants to see."""
         for request_id in progress.advanced:
@@ -222,7 +230,7 @@ class EngineThread:
         for batch in batches.values():
             if not batch[0][0].mailbox.post(batch):
                 for stream, _ in batch:  # the loop is closed: nobody reads any more
-                    self.abort(stream.request_id)
+                    self.leave(stream)
 
     def _count_out(self, n: int) -> None:
         with self._lock:

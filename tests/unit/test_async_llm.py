@@ -171,6 +171,58 @@ def test_an_id_in_use_is_refused_and_its_owner_goes_on(llm, runners, monkeypatch
     asyncio.run(main())
 
 
+def test_a_refused_reader_that_leaves_does_not_end_the_owner_of_its_id(llm, runners, monkeypatch):
+    slow_down(runners[0], monkeypatch)
+
+    async def main():
+        owner = asyncio.create_task(llm.complete([1, 2], short(max_tokens=20), "same"))
+        await asyncio.sleep(0.02)
+        second = asyncio.create_task(llm.complete([1, 2], short(), "same"))
+        while llm.num_unfinished < 2:
+            await asyncio.sleep(0)
+        second.cancel()  # before it hears that its id is in use
+        with pytest.raises((asyncio.CancelledError, RequestError)):
+            await second
+        output = await owner
+        assert output.outputs[0].finish_reason == "length"
+        await settled(llm)
+
+    asyncio.run(main())
+
+
+def test_an_old_reader_that_leaves_does_not_end_a_later_request_with_its_id(llm, runners, monkeypatch):
+    slow_down(runners[0], monkeypatch)
+
+    async def main():
+        old = llm.generate([1, 2], short(), "same")
+        await anext(old)
+        await asyncio.wait_for(llm.wait_idle(), 10)  # it has ended, and its last output is not read
+        new = asyncio.create_task(llm.complete([1, 2], short(max_tokens=20), "same"))
+        await asyncio.sleep(0.02)
+        await old.aclose()
+        assert (await new).outputs[0].finish_reason == "length"
+        await settled(llm)
+
+    asyncio.run(main())
+
+
+def test_a_stream_advances_at_most_once_in_its_interval(runners):
+    llm = AsyncLLM(stream_interval=60.0)
+
+    async def main():
+        outputs = await read(llm, [1, 2, 3], LONG)
+        assert [len(output.outputs[0].token_ids) for output in outputs][-1] == 200
+        assert len(outputs) <= 3, "the first, perhaps one of a round that was due, and the last"
+        assert len(outputs[0].outputs[0].token_ids) < 200, "the first token does not wait"
+        assert "".join(output.delta for output in outputs) == outputs[-1].text
+        await settled(llm)
+
+    asyncio.run(main())
+    llm.close()
+    with pytest.raises(ConfigError, match="stream_interval must be at least 0 seconds, got -1"):
+        AsyncLLM(stream_interval=-1)
+
+
 def test_the_queue_is_bounded(runners, monkeypatch):
     llm = AsyncLLM(max_num_seqs=2, max_queue=3)
     slow_down(runners[0], monkeypatch)
