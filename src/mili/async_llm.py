@@ -7,6 +7,7 @@ Invariant: a reader that leaves early, by `aclose`, `break` or cancellation, tak
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ class AsyncLLM:
         model: str | Path | None = None,
         *,
         max_queue: int | None = None,
-        stream_interval: float = 0.0,
+        max_event_rate: float = math.inf,
         on_step: Callable[[StepStats], None] | None = None,
         block_size: int = 16,
         hf_overrides: Mapping[str, Any] | None = None,
@@ -47,15 +48,15 @@ class AsyncLLM:
             model: As for `LLM`, and so are `block_size`, `hf_overrides`, `revision` and `options`; what is wrong with
                 them raises the same errors.
             max_queue: Most completions that may wait while `max_num_seqs` run; None for no limit.
-            stream_interval: Seconds that pass at least between two outputs of a stream, but for the first and the last;
-                what came in between is in the next one. Saves the time of making an output for every token.
+            max_event_rate: Most outputs a second of all streams together, but for the first and the last of each; what
+                comes in between is in the next one. Bounds the time spent on handing out tokens one by one.
             on_step: Called on the engine's thread after every step; it must be quick and must not raise.
         """
         started = time.perf_counter()
         if max_queue is not None and max_queue < 0:
             raise ConfigError(f"max_queue must be at least 0, got {max_queue}")
-        if stream_interval < 0:
-            raise ConfigError(f"stream_interval must be at least 0 seconds, got {stream_interval}")
+        if not max_event_rate > 0:
+            raise ConfigError(f"max_event_rate must be above 0 per second, got {max_event_rate}")
         config = EngineConfig(page_size=block_size, **options)
         self._loaded = LoadedModel(model, config, hf_overrides, revision)
         self.model = self._loaded.name
@@ -69,7 +70,7 @@ class AsyncLLM:
         self._ids = itertools.count()
         self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
         limit = None if max_queue is None else config.max_num_seqs + max_queue
-        self._thread = EngineThread(self._engine, limit, stream_interval, on_step)
+        self._thread = EngineThread(self._engine, limit, max_event_rate, on_step)
         self.startup_seconds = {**self._loaded.startup_seconds, "total": time.perf_counter() - started}
 
     async def generate(

@@ -6,8 +6,9 @@
              step and loop
 
 Everything that touches the engine is a command, run between two steps; the thread sleeps on their queue while there is
-nothing to compute. Streams advance at most once in `stream_interval`, first and last outputs aside: an output of one
-token costs its reader's thread about as much as one of ten. A loop that is still busy gets later outputs together.
+nothing to compute. All streams together get at most `max_event_rate` outputs a second, first and last ones aside: an
+output of one token costs its reader's thread about as much as one of ten. A loop that is still busy gets later outputs
+together.
 
 Knows no HTTP and no text. Invariants: a request that was accepted ends exactly once, with a last output or with an
 exception; one that was aborted holds no pages after the step that is running.
@@ -40,12 +41,12 @@ class EngineThread:
     """Owns `engine` until `close`. Its public methods may be called from any thread."""
 
     def __init__(
-        self, engine: Engine, limit: int | None, stream_interval: float, on_step: Callable[[StepStats], None] | None
+        self, engine: Engine, limit: int | None, max_event_rate: float, on_step: Callable[[StepStats], None] | None
     ) -> None:
-        """Start the thread; `limit` is the most completions that may be unfinished at once."""
+        """Start the thread; `limit` is the most completions that may be unfinished at once; a rate may be inf."""
         self._engine = engine
         self._limit = limit
-        self._stream_interval = stream_interval  # seconds
+        self._max_event_rate = max_event_rate  # per second
         self._on_step = on_step
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._streams: dict[str, Stream] = {}  # of the unfinished requests
@@ -205,9 +206,10 @@ class EngineThread:
         """Take the outputs of the readers whose loops have room, and send them."""
         ready: dict[str, News] = {}
         now = time.monotonic()
+        interval = len(self._streams) / self._max_event_rate  # a round brings every stream one output
         for request_id, at_once in list(self._news.items()):
             mailbox = self._streams[request_id].mailbox
-            if now >= mailbox.last_round + self._stream_interval:
+            if now >= mailbox.last_round + interval:
                 mailbox.last_round = now
             if not mailbox.has_room or not (at_once or mailbox.last_round == now):
                 continue

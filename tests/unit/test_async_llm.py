@@ -206,8 +206,8 @@ def test_an_old_reader_that_leaves_does_not_end_a_later_request_with_its_id(llm,
     asyncio.run(main())
 
 
-def test_a_stream_advances_at_most_once_in_its_interval(runners):
-    llm = AsyncLLM(stream_interval=60.0)
+def test_streams_advance_no_faster_than_the_event_rate(runners):
+    llm = AsyncLLM(max_event_rate=1 / 60)
 
     async def main():
         outputs = await read(llm, [1, 2, 3], LONG)
@@ -219,8 +219,8 @@ def test_a_stream_advances_at_most_once_in_its_interval(runners):
 
     asyncio.run(main())
     llm.close()
-    with pytest.raises(ConfigError, match="stream_interval must be at least 0 seconds, got -1"):
-        AsyncLLM(stream_interval=-1)
+    with pytest.raises(ConfigError, match="max_event_rate must be above 0 per second, got 0"):
+        AsyncLLM(max_event_rate=0)
 
 
 def test_the_queue_is_bounded(runners, monkeypatch):

@@ -54,7 +54,7 @@ def serve(config: ServerConfig, model: str | Path | None, options: Mapping[str, 
         provider = make_provider(config)
         steps = StepTotals()
         llm = AsyncLLM(
-            model, max_queue=config.max_queue, stream_interval=config.stream_interval, on_step=steps.add, **options
+            model, max_queue=config.max_queue, max_event_rate=config.max_event_rate, on_step=steps.add, **options
         )
         try:
             exit_code = uvloop.run(_Process(create_app(llm, config, steps, provider), listener).run())
