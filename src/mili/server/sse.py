@@ -49,7 +49,10 @@ class EventStream(StreamingResponse):
                     last = _DONE
                     break
                 except Exception as error:
-                    _log.exception("request %s failed in its stream", scope.get("state", {}).get("request_id"))
-                    last = b"data: " + json_bytes(as_api_error(error).body) + b"\n\n"
+                    told = as_api_error(error)
+                    # A traceback only of what nobody foresaw: when the engine ends, so do all of its streams.
+                    request_id = scope.get("state", {}).get("request_id")
+                    _log.error("request %s failed in its stream: %s", request_id, error, exc_info=told.status == 500)
+                    last = b"data: " + json_bytes(told.body) + b"\n\n"
                     break
         await send({"type": "http.response.body", "body": last, "more_body": False})
