@@ -8,6 +8,7 @@ import pytest
 from max import driver
 
 from kernels.specs import DTYPES, instances
+from support.graphs import PORTABLE
 from support.kernels import Kernels
 
 Build = Callable[[tuple[str, str]], Kernels]
@@ -30,7 +31,7 @@ def compiled() -> Build:
             return Kernels(dtype, instances(page_size=16), driver.Accelerator())
         if device == "avx2" and platform.machine() != "x86_64":
             pytest.skip("needs an x86-64 CPU")
-        return Kernels(dtype, instances(), cpu_target="x86-64-v3" if device == "avx2" else None)
+        return Kernels(dtype, instances(), cpu_target=PORTABLE if device == "avx2" else None)
 
     return build
 

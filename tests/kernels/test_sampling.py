@@ -1,6 +1,8 @@
 """`mili.sample` against the float64 reference, transformers and vLLM's formulas; one compiled graph for all tests."""
 
+import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from max import driver
 from max.driver import CPU, Accelerator, Buffer, Device
 from max.dtype import DType
-from max.engine import InferenceSession
+from max.engine import InferenceSession, Model
 from max.graph import DeviceRef, Graph, TensorType
 
 from mili.ops._call import kernels_path
@@ -17,6 +19,7 @@ from mili.ops.sampling import sample
 from mili.sampling import SamplerState, SamplingBatch, SamplingRow
 from mili.sampling_params import SamplingParams
 from support import sampling_reference as reference
+from support.graphs import CARRIED, PORTABLE, compiled_graph
 
 QWEN3_VOCAB = 151_936
 Logits = npt.NDArray[np.float32]  # [R, V]
@@ -46,12 +49,20 @@ def input_types(device: DeviceRef) -> list[TensorType]:
 class Sampler:
     """The op as a function of arrays."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, cpu_target: str | None = None) -> None:
         self.device = device
-        ref = DeviceRef.CPU() if device.is_host else DeviceRef.GPU()
+        self.session = InferenceSession(devices=[device])
+        self.compiled = compiled_graph(self.session, device, "sample", __file__, (), self.graph, cpu_target)
+
+    @cached_property
+    def model(self) -> Model:
+        return self.session.init(self.compiled)
+
+    def graph(self) -> Graph:
+        ref = DeviceRef.CPU() if self.device.is_host else DeviceRef.GPU()
         with Graph("sample", input_types=input_types(ref), custom_extensions=[kernels_path()]) as graph:
             graph.output(*sample(*(value.tensor for value in graph.inputs)))
-        self.model = InferenceSession(devices=[device]).load(graph)
+        return graph
 
     def __call__(self, logits: Logits, batch: SamplingBatch) -> Result:
         arrays = [logits, batch.floats, batch.ints, batch.edit_starts, batch.edit_ids, batch.edit_values, batch.masks]
@@ -524,7 +535,7 @@ def test_the_batch_for_nobody_runs(sampler: Sampler) -> None:
 def test_gpu_draws_what_the_cpu_draws(sampler: Sampler) -> None:
     if sampler.device.is_host:
         pytest.skip("compares the GPU with the CPU")
-    on_cpu = Sampler(CPU())
+    on_cpu = Sampler(CPU(), PORTABLE if CARRIED in os.environ else None)
     for vocab in (101, QWEN3_VOCAB):
         logits = np.concatenate([shapes_of_rows(vocab)] * len(FILTERS))
         rows = [row(seed=i, repetition_penalty=1 + i % 2, **FILTERS[i % len(FILTERS)]) for i in range(len(logits))]

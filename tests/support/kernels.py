@@ -2,34 +2,27 @@
 
 Compiling costs per graph and hardly per op, so all instances of a dtype share a graph, and a call gives inputs without
 rows to the instances it does not use. Knows how the reference's plain layouts become the device's (on the CPU weights
-in panels and the keys of a page side by side); knows no expected values. Invariant: a cached graph is used only under a
-key made of the kernels, the wrappers, this file, the instances, MAX and the device.
+in panels and the keys of a page side by side); knows no expected values. Invariant: a call leaves its inputs alone.
 """
 
-import hashlib
-import os
-import tempfile
+import math
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
-from max import driver
 from max.driver import CPU, Buffer, Device
 from max.dtype import DType
-from max.engine import InferenceSession
-from max.engine.api import CompiledModel, read
+from max.engine import InferenceSession, Model
 from max.graph import BufferType, DeviceRef, Graph, TensorType, TensorValue
 
-from mili import ops
-from mili.compiler import Target, cache_folder
 from mili.ops import _call
 from mili.ops.activation import silu_mul
 from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_norm_rope_store
 from mili.ops.embedding import embedding
 from mili.ops.linear import linear, linear_weight_shape
 from mili.ops.norm import add_rms_norm, add_rms_norm_rows
+from support.graphs import compiled_graph
 from support.reference import Array, Arrays
 
 Statics = Mapping[str, Any]
@@ -52,6 +45,16 @@ OUTPUTS = {
 }
 
 
+class Tiled(NamedTuple):
+    """An array of many rows of which few differ: row i is `values[index[i]]`."""
+
+    values: Array
+    index: Array  # [rows] int
+
+
+Inputs = Mapping[str, Array | Tiled | Buffer]  # a Buffer is on the device already
+
+
 class Kernels:
     """The compiled instances of one dtype on one device."""
 
@@ -64,7 +67,7 @@ class Kernels:
     ) -> None:
         """Compile, or find compiled, a graph of the (op name, static dims) in `instances`.
 
-        `cpu_target` names an instruction set such as "x86-64-v3" to compile the host's code for; by default the host's.
+        `cpu_target` is as for `compiled_graph`.
         """
         self.dtype = dtype
         self.device = device or CPU()
@@ -72,17 +75,48 @@ class Kernels:
         self.instances = list(instances)
         self._dtype = DType[dtype]
         self._ports = [_ports(name, s, self._dtype, self.on_cpu) for name, s in self.instances]
-        session = InferenceSession(devices=[self.device])
-        self._model = session.init(self._compiled(session, cpu_target or driver.get_virtual_cpu_target()))
-        self._idle = [[self._upload(*_no_rows(*item)) for item in ports.items()] for ports in self._ports]
+        self._session = InferenceSession(devices=[self.device])
+        facts = (dtype, self.instances)
+        self._compiled = compiled_graph(self._session, self.device, "kernels", __file__, facts, self._graph, cpu_target)
 
-    def prepare(self, name: str, shape: Statics, inputs: Arrays) -> list[Any]:
+    @cached_property
+    def _model(self) -> Model:
+        return self._session.init(self._compiled)
+
+    @cached_property
+    def _idle(self) -> list[list[Any]]:
+        """For each instance the arguments of a call without rows. What has rows all the same, a weight, is not read:
+        all of them are views of one block."""
+        shapes = [
+            [[0 if isinstance(d, str) else d for d in shape] for _, shape in ports.values()] for ports in self._ports
+        ]
+        largest = max(math.prod(shape) for row in shapes for shape in row)
+        block = Buffer.zeros((largest * 4,), DType.uint8, self.device)
+        return [
+            [
+                np.zeros(shape, np.int32)
+                if port in SCALARS
+                else block[: math.prod(shape) * dtype.size_in_bytes].view(dtype, shape)
+                for (port, (dtype, _)), shape in zip(ports.items(), row, strict=True)
+            ]
+            for ports, row in zip(self._ports, shapes, strict=True)
+        ]
+
+    def prepare(self, name: str, shape: Statics, inputs: Inputs) -> list[Any]:
         """The arguments of a call of op `name`, on the device; `shape` holds the static dims of an instance."""
         at = self._index(name, shape)
-        used = [
-            self._upload(port, dtype, self._packed(port, inputs[port])) for port, (dtype, _) in self._ports[at].items()
-        ]
+        used = [self.put(name, shape, port, inputs[port]) for port in self._ports[at]]
         return [argument for i, idle in enumerate(self._idle) for argument in (used if i == at else idle)]
+
+    def put(self, name: str, shape: Statics, port: str, values: Array | Tiled | Buffer) -> Any:
+        """One argument of op `name`, on the device, to be given to several calls."""
+        if isinstance(values, Buffer):
+            return values
+        dtype, _ = self._ports[self._index(name, shape)][port]
+        if isinstance(values, Tiled):
+            assert not self.on_cpu, "tiles are for layouts that keep a row in one piece"
+            return self._upload(port, dtype, values.values, values.index)
+        return self._upload(port, dtype, self._packed(port, values))
 
     def idle(self) -> list[Any]:
         """The arguments of a call that does no work at all: what a call costs by itself."""
@@ -92,7 +126,7 @@ class Kernels:
         """One call: every output of every instance."""
         return self._model.execute(*arguments)
 
-    def run(self, name: str, shape: Statics, inputs: Arrays) -> Arrays:
+    def run(self, name: str, shape: Statics, inputs: Inputs) -> Arrays:
         """The op's outputs as float32 [..], and the caches as they are afterwards; `inputs` stay as they are."""
         at = self._index(name, shape)
         arguments = self.prepare(name, shape, inputs)
@@ -132,15 +166,18 @@ class Kernels:
         """Back to the reference's layout."""
         return values.swapaxes(3, 4) if self.on_cpu and port == "k_cache" else values
 
-    def _upload(self, port: str, dtype: DType, values: Array) -> Any:
+    def _upload(self, port: str, dtype: DType, values: Array, index: Array | None = None) -> Any:
+        """`values`, or the rows `index` of them; the bits are made before the rows are multiplied."""
         if port in SCALARS:
             return np.array(values, np.int32)
         if dtype == DType.bfloat16:
-            bits = (np.ascontiguousarray(values, np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-            buffer = Buffer.from_numpy(bits).view(DType.bfloat16, bits.shape)
+            host = (np.ascontiguousarray(values, np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
         else:
-            buffer = Buffer.from_numpy(np.array(values, dtype.to_numpy(), order="C"))  # a copy: caches are written
-        return buffer.to(self.device)
+            host = np.array(values, dtype.to_numpy(), order="C")  # a copy: caches are written
+        if index is not None:
+            host = host[index]
+        buffer = Buffer.from_numpy(host)
+        return (buffer.view(DType.bfloat16, host.shape) if dtype == DType.bfloat16 else buffer).to(self.device)
 
     def _download(self, buffer: Buffer) -> Array:
         host = buffer.to(CPU())
@@ -167,33 +204,6 @@ class Kernels:
                 results += placed
             graph.output(*results)
         return graph
-
-    def _compiled(self, session: InferenceSession, cpu_target: str) -> CompiledModel:
-        facts = (version("max"), Target.of(self.device), cpu_target, self.dtype, self.instances)
-        digest = hashlib.sha256(repr(facts).encode())
-        wrappers = Path(ops.__file__).parent.glob("*.py")
-        for file in sorted([*_call.kernels_path().glob("*.mojo"), *wrappers, Path(__file__)], key=lambda f: f.name):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-        path = cache_folder() / f"kernels-{digest.hexdigest()[:32]}.mef"
-        if path.is_file():
-            return read(path)
-        before = driver.get_virtual_cpu_target()
-        driver.set_virtual_cpu_target(cpu_target)
-        try:
-            compiled = session.compile(self._graph())
-        finally:
-            driver.set_virtual_cpu_target(before)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # a reader never sees half a file
-            compiled.export_mef(f"{folder}/{path.name}")
-            os.replace(f"{folder}/{path.name}", path)
-        return compiled
-
-
-def _no_rows(port: str, described: Port) -> tuple[str, DType, Array]:
-    """An input of an instance that is not used: no rows, no pages, nothing read."""
-    dtype, shape = described
-    return port, dtype, np.zeros([0 if isinstance(d, str) else d for d in shape], np.float32)
 
 
 def _ports(name: str, s: Statics, dtype: DType, on_cpu: bool) -> dict[str, Port]:

@@ -1,0 +1,46 @@
+"""Every kernel at the shapes of real models, on a GPU; and, without one, that few rows can stand for many."""
+
+import numpy as np
+import pytest
+from max import driver
+
+from kernels.model_shapes import CASES, MODELS, Case, check, differences, model_instances, row_index
+from kernels.specs import BY_NAME, DTYPES
+from support.kernels import Kernels
+from support.reference import naive
+
+TILED = [case for case in CASES if case.tiles]
+SMALL = {"M": 9, "N": 200, "K": 64, "T": 9, "I": 40, "bias": True, "wide": False}
+
+
+@pytest.fixture(scope="session", params=DTYPES)
+def gpu_kernels(request: pytest.FixtureRequest) -> Kernels:
+    if driver.accelerator_count() == 0:
+        pytest.skip("needs a GPU")
+    return Kernels(request.param, model_instances(), driver.Accelerator())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model(gpu_kernels: Kernels, case: Case, model: str) -> None:
+    assert not list(check(gpu_kernels, case, MODELS[model]))
+
+
+@pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_stand_for_many(case: Case, dtype: str) -> None:
+    """The naive result of the whole batch passes, and no longer when two different rows change places."""
+    spec, few, index = BY_NAME[case.name], {**SMALL, **case.tiles}, row_index(case, SMALL, seed=3)
+    inputs = spec.inputs(np.random.default_rng(0), few, dtype)
+    whole = {p: v[index[case.rows[p][0]]] if p in case.rows else v for p, v in inputs.items()}
+    outputs = spec.compute(naive(dtype), whole, SMALL)
+    assert not differences(case, few, index, inputs, outputs, dtype)
+    for name, dims in case.rows.items():
+        for axis, dim in enumerate(dims):
+            if name in outputs:
+                other = int(np.flatnonzero(index[dim] != index[dim][0])[0])
+                swap = np.arange(outputs[name].shape[axis])
+                swap[[0, other]] = other, 0
+                wrong = {**outputs, name: outputs[name].take(swap, axis)}
+                assert differences(case, few, index, inputs, wrong, dtype), f"{name}, axis {axis}"
