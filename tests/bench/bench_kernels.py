@@ -23,7 +23,7 @@ import numpy as np
 
 from kernels.inputs import Shape
 from kernels.specs import BY_NAME, DTYPES, KernelSpec
-from mili.cli.bandwidth import cpu_read_bandwidth
+from mili.cli.device import cpu_read_bandwidth
 from support.kernels import Kernels
 
 HIDDEN, INTER, HEADS = 1024, 3072, {"Hq": 16, "Hkv": 8, "D": 128, "S": 16}

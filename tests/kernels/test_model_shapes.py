@@ -24,7 +24,8 @@ def gpu_kernels(request: pytest.FixtureRequest) -> Kernels:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("model", MODELS)
 def test_a_model(gpu_kernels: Kernels, case: Case, model: str) -> None:
-    assert not list(check(gpu_kernels, case, MODELS[model]))
+    found = list(check(gpu_kernels, case, MODELS[model]))
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)

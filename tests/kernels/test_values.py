@@ -17,7 +17,8 @@ def failures(kernels: Kernels, spec: KernelSpec, shape: Shape, seed: int) -> lis
     """One run's violations, with the shape."""
     inputs = spec.inputs(np.random.default_rng(seed), shape, kernels.dtype)
     outputs = kernels.run(spec.name, shape, inputs)
-    return [f"{dict(shape)}: {what}" for what in spec.violations(inputs, outputs, shape, kernels.dtype)]
+    found = spec.violations(inputs, outputs, shape, kernels.dtype, kernels.tensor_cores)
+    return [f"{dict(shape)}: {what}" for what in found]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

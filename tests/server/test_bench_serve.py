@@ -147,13 +147,6 @@ def test_a_server_that_is_not_there_or_refuses_is_said_at_once(bench, capsys):
     assert "HTTP 401: as asked" in err
 
 
-def test_options_of_the_group_are_not_taken_for_those_of_a_benchmark(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["bench", "--repeat", "2", "serve"])
-    assert end.value.code == 2
-    assert "--repeat" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("module", ["uvloop", "aiohttp"])
 def test_a_missing_extra_is_named(capsys, monkeypatch, module):
     for name in ("client", "results"):

@@ -72,6 +72,7 @@ class Kernels:
         self.dtype = dtype
         self.device = device or CPU()
         self.on_cpu = self.device.is_host
+        self.tensor_cores = not self.on_cpu and dtype == "bfloat16"
         self.instances = list(instances)
         self._dtype = DType[dtype]
         self._ports = [_ports(name, s, self._dtype, self.on_cpu) for name, s in self.instances]

@@ -4,7 +4,6 @@ Any server with OpenAI's API will do; this knows nothing of mili's. The work is 
 options and the two ways to load: closed (a fixed number in flight) and open (a fixed rate, whatever is in flight).
 """
 
-import json
 import resource
 import secrets
 import time
@@ -14,25 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mili.cli.options import traceback_option
+from mili.cli.options import length_range, print_json, traceback_option
 
 if TYPE_CHECKING:
     from mili.cli.serving.client import Client, Record
 
 _PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 _OBJECTIVES = ("ttft", "tpot", "itl", "e2e", "e2el")  # those of mili.cli.serving.results, which imports NumPy
-
-
-def _lengths(text: str) -> tuple[int, int]:
-    """`512`, or `100:1000` for any length between."""
-    low, _, high = text.partition(":")
-    try:
-        lengths = int(low), int(high or low)
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is no length; write 512, or 100:1000 for a range.") from error
-    if not 1 <= lengths[0] <= lengths[1]:
-        raise click.BadParameter(f"{text!r} must be at least 1 and must not fall.")
-    return lengths
 
 
 def _objectives(text: str) -> dict[str, float]:
@@ -58,10 +45,20 @@ def _objectives(text: str) -> dict[str, float]:
 @click.option("--concurrent", type=click.IntRange(1), help="Closed loop: requests in flight; 50 when left out.")
 @click.option("--request-rate", type=click.FloatRange(0, min_open=True), help="Open loop: requests a second, Poisson.")
 @click.option(
-    "--prompt-len", type=_lengths, metavar="N|LOW:HIGH", default="512", show_default=True, help="Tokens of a prompt."
+    "--prompt-len",
+    type=length_range,
+    metavar="N|LOW:HIGH",
+    default="512",
+    show_default=True,
+    help="Tokens of a prompt.",
 )
 @click.option(
-    "--output-len", type=_lengths, metavar="N|LOW:HIGH", default="128", show_default=True, help="Tokens of an answer."
+    "--output-len",
+    type=length_range,
+    metavar="N|LOW:HIGH",
+    default="128",
+    show_default=True,
+    help="Tokens of an answer.",
 )
 @click.option(
     "--prefix-len", type=click.IntRange(0), default=0, help="More tokens, before all prompts, in all the same."
@@ -120,7 +117,7 @@ def serve(**options: Any) -> None:
     result, details = uvloop.run(_run(options))
     if not options["only_json"]:
         click.echo(table(result, details))
-    click.echo(json.dumps({key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in result.items()}))
+    print_json(result)
     if not result["completed"]:
         raise click.exceptions.Exit(1)
 

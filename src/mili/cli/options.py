@@ -45,6 +45,18 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def length_range(text: str) -> tuple[int, int]:
+    """`512`, or `100:1000` for any length between."""
+    low, _, high = text.partition(":")
+    try:
+        lengths = int(low), int(high or low)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no length; write 512, or 100:1000 for a range.") from error
+    if not 1 <= lengths[0] <= lengths[1]:
+        raise click.BadParameter(f"{text!r} must be at least 1 and must not fall.")
+    return lengths
+
+
 traceback_option = click.option("--traceback", is_flag=True, expose_value=False, help="Show a traceback on errors.")
 
 _MODEL_OPTIONS = (
@@ -109,6 +121,19 @@ def sampling_options(command: Command) -> Command:
     for option in reversed(_SAMPLING_OPTIONS):
         command = option(command)
     return command
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """One line of JSON on stdout, numbers to six digits."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.6g}")
+        if isinstance(value, list):
+            return [rounded(item) for item in value]
+        return {key: rounded(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+    click.echo(json.dumps(rounded(result)))
 
 
 def show_progress() -> None:

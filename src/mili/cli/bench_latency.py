@@ -1,0 +1,166 @@
+"""`mili bench latency`: a fixed batch of equal prompts, from arrival to the last token.
+
+It times the public `LLM` only. Prompts are random token ids, a fresh set for each repeat, so that the prefix cache
+cannot help; the end-of-sequence token is ignored, so that each request runs to length.
+"""
+
+import random
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mili.cli.options import build_llm, model_options, print_json, traceback_option
+from mili.errors import RequestError
+
+if TYPE_CHECKING:
+    from mili.cli.roofline import Ceilings
+    from mili.llm import LLM
+
+
+def _batches(text: str) -> list[int]:
+    """`1,8,64` as [1, 8, 64]."""
+    try:
+        batches = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no list of batches; write for example 1,8,64.") from error
+    if min(batches) < 1:
+        raise click.BadParameter(f"{text!r} has a batch below 1.")
+    return batches
+
+
+@click.command()
+@click.option("--prompt-len", type=click.IntRange(1), default=512, show_default=True, help="Tokens per prompt.")
+@click.option("--new", "num_new", type=click.IntRange(2), default=128, show_default=True, help="Tokens to generate.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts at once.")
+@click.option("--sweep", type=_batches, metavar="N,N,...", help="Several batches, one after the other.")
+@click.option(
+    "--repeat", type=click.IntRange(1), default=3, show_default=True, help="Timed runs; the one of median time counts."
+)
+@click.option("--json", "only_json", is_flag=True, help="Print the JSON line only.")
+@model_options
+@traceback_option
+def latency(
+    prompt_len: int,
+    num_new: int,
+    batch: int,
+    sweep: list[int] | None,
+    repeat: int,
+    only_json: bool,
+    **options: Any,
+) -> None:
+    """Time one batch of equal prompts.
+
+    TTFT: time to first token, mean of the requests. ITL: time between tokens after the first, mean of the requests;
+    other prompts' prefill is in it. Step: the same of the request that began last, when all decode.
+
+    Each share of the roofline is the least time that reading weights and KV cache once a step, at the memory speed
+    measured here, and multiplying, at the speed of the matrix unit, would take, over the time taken.
+
+    The last line is JSON; with --sweep one object for each batch is in its list "sweep".
+    """
+    from mili.cli.device import ceilings, memory_in_use
+
+    batches = sweep or [batch]
+    if options["max_num_seqs"] is None and max(batches) > 64:  # LLM's default would make a queue of the batch
+        options["max_num_seqs"] = max(batches)
+    start = time.perf_counter()
+    with build_llm(options) as llm:
+        load_seconds = time.perf_counter() - start
+        if prompt_len + num_new > llm.max_model_len:
+            raise RequestError(
+                f"--prompt-len {prompt_len} + --new {num_new} is more than max_model_len {llm.max_model_len}: "
+                "lower one of them"
+            )
+        head = {"model": llm.model, "device": llm.device, "dtype": llm.dtype, "load_s": load_seconds}
+        timed = [(size, _median_run(llm, prompt_len, num_new, size, repeat)) for size in batches]
+        memory = memory_in_use(llm.device)
+        at = ceilings(llm.device, llm.dtype)  # last: a measurement of memory speed needs memory of its own
+        results = []
+        for size, run in timed:
+            work = {"batch": size, "prompt_len": prompt_len, "new": num_new, "repeat": repeat}
+            results.append({**work, **run, **_shares(llm, at, size, prompt_len, num_new, run)})
+    tail = {"memory_bytes": memory, "ceiling_bytes_per_s": at.bytes_per_s, "ceiling_flops_per_s": at.flops_per_s}
+    if not only_json:
+        click.echo("\n".join(_table(head, tail, results)))
+    print_json({**head, **(results[0] if sweep is None else {"sweep": results}), **tail})
+
+
+def _median_run(llm: "LLM", prompt_len: int, num_new: int, batch: int, repeat: int) -> dict[str, float]:
+    """The run of median time, after one that warms up."""
+    runs = [_run_once(llm, prompt_len, num_new, batch, seed) for seed in range(repeat + 1)][1:]
+    return sorted(runs, key=lambda run: run["total_s"])[repeat // 2]
+
+
+def _run_once(llm: "LLM", prompt_len: int, num_new: int, batch: int, seed: int) -> dict[str, float]:
+    """Generate once; rates over the whole batch."""
+    from mili.sampling_params import SamplingParams
+
+    draw = random.Random(f"{batch} {seed}")
+    prompts = [[draw.randrange(llm.model_config.vocab_size) for _ in range(prompt_len)] for _ in range(batch)]
+    params = SamplingParams(temperature=0.0, max_tokens=num_new, ignore_eos=True, detokenize=False)
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    first, gaps = [], []
+    for output in outputs:
+        metrics, num_tokens = output.metrics, len(output.outputs[0].token_ids)
+        assert metrics is not None and metrics.time_to_first_token is not None and num_tokens == num_new
+        assert metrics.finished_time is not None and metrics.first_token_time is not None
+        first.append(metrics.time_to_first_token)
+        gaps.append((metrics.finished_time - metrics.first_token_time) / (num_new - 1))
+    step = gaps[first.index(max(first))]
+    return {
+        "total_s": seconds,
+        "ttft_s": statistics.mean(first),
+        "itl_s": statistics.mean(gaps),
+        "step_s": step,
+        "prefill_tokens_per_s": batch * prompt_len / max(first),
+        "decode_tokens_per_s": batch / step,
+        "output_tokens_per_s": batch * num_new / seconds,
+    }
+
+
+def _shares(
+    llm: "LLM", at: "Ceilings", batch: int, prompt_len: int, num_new: int, run: dict[str, float]
+) -> dict[str, float | None]:
+    """Least times over times taken: of the prompts, of a decode step of mean context, of the whole."""
+    from mili.cli.roofline import decode_step, generation, prefill
+
+    model, dtype = llm.model_config, llm.dtype
+    step = decode_step(model, dtype, batch, prompt_len + num_new / 2)
+    first = prefill(model, dtype, [prompt_len] * batch).seconds(at)
+    rest = generation(model, dtype, [(prompt_len, num_new)] * batch, batch).seconds(at)
+    known = at.flops_per_s is not None  # prompts are bound by the matrix unit
+    return {
+        "decode_bytes_per_s": step.bytes / run["step_s"],
+        "decode_roofline": step.seconds(at) / run["step_s"],
+        "prefill_roofline": first * run["prefill_tokens_per_s"] / (batch * prompt_len) if known else None,
+        "total_roofline": (first + rest) / run["total_s"] if known else None,
+    }
+
+
+def _table(head: dict[str, Any], tail: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
+    flops = tail["ceiling_flops_per_s"]
+    matrix = "an unknown matrix speed" if flops is None else f"{flops / 1e12:,.2f} TFLOP/s"
+    lines = [
+        f"{head['model']}, {head['dtype']} on {head['device']}, loaded in {head['load_s']:.1f} s, "
+        f"{tail['memory_bytes'] / 2**30:.2f} GiB in use",
+        f"{results[0]['prompt_len']} prompt + {results[0]['new']} new tokens, {results[0]['repeat']} runs; "
+        f"roofline: {tail['ceiling_bytes_per_s'] / 1e9:,.1f} GB/s, {matrix}",
+        f"{'batch':>5}{'prefill tok/s':>15}{'roof':>6}{'decode tok/s':>14}{'roof':>6}{'step ms':>9}"
+        f"{'ITL ms':>9}{'TTFT ms':>10}{'total s':>9}{'roof':>6}",
+    ]
+    for row in results:
+        lines.append(
+            f"{row['batch']:>5}{row['prefill_tokens_per_s']:>15,.1f}{_percent(row['prefill_roofline']):>6}"
+            f"{row['decode_tokens_per_s']:>14,.1f}{_percent(row['decode_roofline']):>6}{row['step_s'] * 1e3:>9.3f}"
+            f"{row['itl_s'] * 1e3:>9.3f}{row['ttft_s'] * 1e3:>10.2f}{row['total_s']:>9.3f}"
+            f"{_percent(row['total_roofline']):>6}"
+        )
+    return lines
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
