@@ -1,13 +1,24 @@
-"""How close each kernel comes to what this CPU can do: one row a kernel, the last line the same as JSON.
+"""How close each kernel comes to what the device can do: one row a call, the last line the same as JSON.
 
     PYTHONPATH=src:tests python tests/bench/bench_kernels.py [--dtype float32] [--kernel linear] [--seconds 1.0]
+    PYTHONPATH=src:tests python tests/bench/bench_kernels.py --device gpu [--kernel linear]
 
-Shapes are those of one Qwen3-0.6B layer. Every row is validated before it is timed, with the rule of `kernels.specs`.
-Time is the median of many calls on a cold cache: the operands rotate through four times the last-level cache. A call of
-the same graph without any rows costs `call` us; it is subtracted, since the network pays it once for all ops. The roof
-is measured here and now: what all cores read together, and the fastest matrix product of the libraries at hand. `roof`
-is the time that bytes and flops (the formulas of the kernel's header) need at least, over the time taken. On a machine
-that does other work, see `load`, the numbers mean little. The first run compiles a graph for each kernel.
+On the CPU shapes are those of one Qwen3-0.6B layer. Every row is validated before it is timed, with the rule of
+`kernels.specs`. Time is the median of many calls on a cold cache: the operands rotate through four times the last-level
+cache. A call of the same graph without any rows costs `call` us; it is subtracted, since the network pays it once for
+all ops. The roof is measured here and now: what all cores read together, and the fastest matrix product of the
+libraries at hand. On a machine that does other work, see `load`, the numbers mean little.
+
+On a GPU shapes are those of 0.6B and 8B, decode and prompts, in bfloat16, timed as `bench.gpu` says; what is right is
+the business of `tests/kernels -m gpu`. The roof is what a kernel that only reads gets from memory, here and now, and
+the larger of what `mili.cli.device` states for the matrix unit and what the largest product reaches here.
+A host without a compiler runs what another machine compiled, from the same sources:
+
+    python tests/bench/bench_kernels.py --export DIR [--target sm_90a]      # needs no GPU
+    python tests/bench/bench_kernels.py --device gpu --from DIR
+
+`roof` is the time that bytes and flops (the formulas of the kernel's header) need at least, over the time taken. The
+first run compiles.
 """
 
 import argparse
@@ -20,10 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from max import driver
 
+from bench import gpu
 from kernels.inputs import Shape
+from kernels.model_shapes import CASES as MODEL_CASES
+from kernels.model_shapes import MODELS, VOCAB
 from kernels.specs import BY_NAME, DTYPES, KernelSpec
-from mili.cli.device import cpu_read_bandwidth
+from mili.cli.device import cpu_read_bandwidth, gpu_matrix_rate
+from support.graphs import CARRIED, pretend_gpu
 from support.kernels import Kernels
 
 HIDDEN, INTER, HEADS = 1024, 3072, {"Hq": 16, "Hkv": 8, "D": 128, "S": 16}
@@ -43,6 +59,10 @@ CASES: list[tuple[str, str, Shape]] = [
     ("paged_attention", "16 x 1 on 1024", {**HEADS, "requests": ((1024, 1),) * 16}),
     ("paged_attention", "512 on 512", {**HEADS, "requests": ((512, 512),)}),
 ]
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "top-k 20, top-p 0.95": {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+}
 
 
 def llc_bytes() -> int:
@@ -100,19 +120,13 @@ def measure(kernels: Kernels, spec: KernelSpec, shape: Shape, seconds: float) ->
     return {"us": us, "call_us": call, "gb_s": moved / us / 1e3, "gflop_s": flops / us / 1e3}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--kernel", choices=sorted(BY_NAME), help="only this one")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of calls for each row")
-    options = parser.parse_args()
+def bench_cpu(options: argparse.Namespace) -> None:
+    """The rows of the CPU."""
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     print(f"{platform.machine()}, {cores} cores, last-level cache {llc_bytes() >> 20} MiB, load {load:.1f}")
     bandwidth = cpu_read_bandwidth()
     flops, library = peak_flops(options.dtype)
-    print(f"roof: {bandwidth / 1e9:.1f} GB/s read, {flops / 1e9:.0f} GFLOP/s ({library})\n")
-    print(f"{'kernel':<20}{'shape':<18}{'us':>10}{'call':>7}{'GB/s':>8}{'GFLOP/s':>9}{'roof':>7}  bound")
-    rows = []
+    table = Table(bandwidth, flops, f"{library}")
     for name in dict.fromkeys(case[0] for case in CASES):
         if options.kernel not in (None, name):
             continue
@@ -120,19 +134,88 @@ def main() -> None:
         statics = {tuple((key, shape[key]) for key in spec.statics[0]) for _, shape in cases}
         kernels = Kernels(options.dtype, [(name, dict(static)) for static in sorted(statics)])
         for label, shape in cases:
-            row = measure(kernels, spec, shape, options.seconds)
-            memory_us = row["us"] * row["gb_s"] * 1e9 / bandwidth
-            compute_us = row["us"] * row["gflop_s"] * 1e9 / flops
-            bound = "memory" if memory_us > compute_us else "compute"
-            share = max(memory_us, compute_us) / row["us"]
-            print(
-                f"{name:<20}{label:<18}{row['us']:>10.1f}{row['call_us']:>7.1f}{row['gb_s']:>8.1f}"
-                f"{row['gflop_s']:>9.1f}{share:>7.0%}  {bound}",
-                flush=True,
-            )
-            rows.append({"kernel": name, "shape": label, **row, "roof": share, "bound": bound})
-    summary = {"dtype": options.dtype, "cores": cores, "load": load, "read_gb_s": bandwidth / 1e9}
-    print(json.dumps({**summary, "gflop_s": flops / 1e9, "rows": rows}))
+            table.add(name, label, **measure(kernels, spec, shape, options.seconds))
+    table.end(dtype=options.dtype, cores=cores, load=load)
+
+
+def bench_gpu(options: argparse.Namespace) -> None:
+    """The rows of a GPU."""
+    device = driver.Accelerator()
+    kernels, reader, sampler = gpu.graphs(device)
+    bandwidth = reader.bytes_per_s()
+    (linear,) = (case for case in MODEL_CASES if case.name == "linear")
+    square = {**gpu.SQUARE, "M": 8192}
+    own = BY_NAME["linear"].flops(square) / gpu.time_case(kernels, linear, square, copies=1)
+    stated = gpu_matrix_rate(device.architecture_name, "bfloat16")
+    table = Table(
+        bandwidth, max(own, stated or 0.0), f"stated {stated}, own product of 8192 cubed {own / 1e12:.0f} TFLOP/s"
+    )
+    for case in MODEL_CASES:
+        if options.kernel not in (None, case.name):
+            continue
+        spec, seen = BY_NAME[case.name], []
+        for size in gpu.SIZES:
+            for static in case.statics(MODELS[size]):
+                if static in seen:
+                    continue
+                seen.append(static)
+                dims = " ".join(str(value) for key, value in static.items() if key not in ("S", "bias", "wide"))
+                for label, batch in gpu.calls(case, static).items():
+                    shape = {**static, **batch}
+                    us = 1e6 * gpu.time_case(kernels, case, shape)
+                    moved, flops = spec.bytes_moved(shape, 2), spec.flops(shape)
+                    table.add(case.name, f"{size} {dims}, {label}", us, moved / us / 1e3, flops / us / 1e3)
+    if options.kernel in (None, "sample"):
+        for rows in (1, 64, 256):
+            for label, params in (
+                ("greedy", {"temperature": 0.0}),
+                ("top-k 20, top-p 0.95", {"top_k": 20, "top_p": 0.95}),
+            ):
+                us = 1e6 * gpu.time_sampler(sampler, rows, VOCAB, **params)
+                table.add("sample", f"{label}, {rows} rows", us, 4 * rows * VOCAB / us / 1e3, 0.0)
+    table.end(dtype="bfloat16", device=str(device))
+
+
+class Table:
+    """Rows as they come, and all of them as JSON at the end."""
+
+    def __init__(self, bytes_per_s: float, flops_per_s: float, source: str) -> None:
+        self.bytes_per_s, self.flops_per_s, self.rows = bytes_per_s, flops_per_s, list[dict[str, Any]]()
+        print(f"roof: {bytes_per_s / 1e9:,.1f} GB/s read, {flops_per_s / 1e9:,.0f} GFLOP/s ({source})\n")
+        print(f"{'kernel':<19}{'shape':<38}{'us':>10}{'GB/s':>8}{'GFLOP/s':>10}{'roof':>6}  bound", flush=True)
+
+    def add(self, name: str, label: str, us: float, gb_s: float, gflop_s: float, **more: float) -> None:
+        """Print a row."""
+        memory, compute = gb_s * 1e9 / self.bytes_per_s, gflop_s * 1e9 / self.flops_per_s
+        share, bound = max(memory, compute), "memory" if memory > compute else "compute"
+        print(f"{name:<19}{label:<38}{us:>10.2f}{gb_s:>8.1f}{gflop_s:>10.1f}{share:>6.0%}  {bound}", flush=True)
+        row = {"kernel": name, "shape": label, "us": us, **more, "gb_s": gb_s, "gflop_s": gflop_s}
+        self.rows.append({**row, "roof": share, "bound": bound})
+
+    def end(self, **facts: Any) -> None:
+        """Print the JSON."""
+        roof = {"read_gb_s": self.bytes_per_s / 1e9, "gflop_s": self.flops_per_s / 1e9}
+        print(json.dumps({**facts, **roof, "rows": self.rows}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="on the CPU")
+    parser.add_argument("--kernel", choices=sorted([*BY_NAME, "sample"]), help="only this one")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of calls for each row, on the CPU")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="compile for a GPU into DIR, and time nothing")
+    parser.add_argument("--target", default="sm_90a", help="the GPU's architecture, for --export")
+    parser.add_argument("--from", dest="carried", type=Path, metavar="DIR", help="where the compiled graphs are")
+    options = parser.parse_args()
+    if options.export:
+        os.environ.pop(CARRIED, None)
+        os.environ["MILI_CACHE_DIR"] = str(options.export)
+        gpu.graphs(pretend_gpu(options.target))
+        return
+    if options.carried:
+        os.environ[CARRIED] = str(options.carried)
+    (bench_gpu if options.device == "gpu" else bench_cpu)(options)
 
 
 if __name__ == "__main__":

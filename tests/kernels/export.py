@@ -15,22 +15,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from max import driver
+from max.driver import CPU, Device
 
+from bench import gpu
 from kernels.model_shapes import model_instances
 from kernels.specs import DTYPES, instances
 from kernels.test_sampling import Sampler
-from support.graphs import CARRIED, PORTABLE
+from support.graphs import CARRIED, PORTABLE, pretend_gpu
 from support.kernels import Kernels
 
 
-def parts() -> dict[str, list[Callable[[], object]]]:
+def parts(device: Device) -> dict[str, list[Callable[[], object]]]:
     """For each part the graphs in it."""
-    device = driver.Accelerator()
     return {
         "specs": [lambda d=dtype: Kernels(d, instances(page_size=16), device) for dtype in DTYPES],
         "models": [lambda d=dtype: Kernels(d, model_instances(), device) for dtype in DTYPES],
-        "sample": [lambda: Sampler(device), lambda: Sampler(driver.CPU(), PORTABLE)],
+        "sample": [lambda: Sampler(device), lambda: Sampler(CPU(), PORTABLE)],
+        "bench": [lambda: gpu.graphs(device)],
     }
 
 
@@ -40,12 +41,9 @@ def main() -> None:
     parser.add_argument("--target", default="sm_90a", help="the GPU's architecture")
     parser.add_argument("--only", nargs="+", metavar="PART", help="some of: specs, models, sample, bench")
     options = parser.parse_args()
-    driver.set_virtual_device_count(1)
-    driver.set_virtual_device_api("cuda")
-    driver.set_virtual_device_target_arch(options.target)
     os.environ.pop(CARRIED, None)
     os.environ["MILI_CACHE_DIR"] = str(options.folder)
-    for name, graphs in parts().items():
+    for name, graphs in parts(pretend_gpu(options.target)).items():
         if options.only is None or name in options.only:
             for graph in graphs:
                 start = time.perf_counter()

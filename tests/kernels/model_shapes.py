@@ -132,6 +132,12 @@ def check(kernels: Kernels, case: Case, model: Model, seed: int = 0) -> Iterator
             yield from (f"{shape}: {what}" for what in found)
 
 
+def tiled(case: Case, inputs: Arrays, index: Mapping[str, Array]) -> dict[str, Any]:
+    """A call's inputs, with the few rows in all their places."""
+    rows = {port: Tiled(inputs[port], index[case.rows[port][0]]) for port in inputs.keys() & case.rows.keys()}
+    return {**inputs, **rows}
+
+
 def row_index(case: Case, shape: Shape, seed: int) -> dict[str, Array]:
     """For each tiled dim, and for "2" of it, which of the few rows stands in each place."""
     index = {}

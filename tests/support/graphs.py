@@ -28,6 +28,14 @@ CARRIED = "MILI_TEST_KERNELS"
 PORTABLE = "x86-64-v3"  # a CPU target for graphs that are carried; enough beside a GPU, where it only launches kernels
 
 
+def pretend_gpu(architecture: str) -> Device:
+    """A GPU that is not there, to compile for; to be called before anything in the process has looked for one."""
+    driver.set_virtual_device_count(1)
+    driver.set_virtual_device_api("cuda")
+    driver.set_virtual_device_target_arch(architecture)
+    return driver.Accelerator()
+
+
 def compiled_graph(
     session: InferenceSession,
     device: Device,

@@ -85,7 +85,7 @@ class Kernels:
         return self._session.init(self._compiled)
 
     @cached_property
-    def _idle(self) -> list[list[Any]]:
+    def _idle(self) -> list[list[Buffer]]:
         """For each instance the arguments of a call without rows. What has rows all the same, a weight, is not read:
         all of them are views of one block."""
         shapes = [
@@ -95,7 +95,7 @@ class Kernels:
         block = Buffer.zeros((largest * 4,), DType.uint8, self.device)
         return [
             [
-                np.zeros(shape, np.int32)
+                Buffer.from_numpy(np.zeros(shape, np.int32))
                 if port in SCALARS
                 else block[: math.prod(shape) * dtype.size_in_bytes].view(dtype, shape)
                 for (port, (dtype, _)), shape in zip(ports.items(), row, strict=True)
@@ -103,33 +103,53 @@ class Kernels:
             for ports, row in zip(self._ports, shapes, strict=True)
         ]
 
-    def prepare(self, name: str, shape: Statics, inputs: Inputs) -> list[Any]:
-        """The arguments of a call of op `name`, on the device; `shape` holds the static dims of an instance."""
-        at = self._index(name, shape)
-        used = [self.put(name, shape, port, inputs[port]) for port in self._ports[at]]
-        return [argument for i, idle in enumerate(self._idle) for argument in (used if i == at else idle)]
+    def prepare(self, name: str, shape: Statics, *inputs: Inputs) -> list[Buffer]:
+        """The arguments of a call of op `name`, on the device; `shape` holds the static dims of an instance.
 
-    def put(self, name: str, shape: Statics, port: str, values: Array | Tiled | Buffer) -> Any:
+        Several `inputs` are for as many instances with the same static dims, which run one after the other.
+        """
+        at = self._indices(name, shape)[: len(inputs)]
+        used = {
+            i: [self.put(name, shape, port, values[port]) for port in self._ports[i]]
+            for i, values in zip(at, inputs, strict=True)
+        }
+        return [argument for i, idle in enumerate(self._idle) for argument in used.get(i, idle)]
+
+    def put(self, name: str, shape: Statics, port: str, values: Array | Tiled | Buffer) -> Buffer:
         """One argument of op `name`, on the device, to be given to several calls."""
         if isinstance(values, Buffer):
             return values
-        dtype, _ = self._ports[self._index(name, shape)][port]
+        dtype, _ = self._ports[self._indices(name, shape)[0]][port]
         if isinstance(values, Tiled):
             assert not self.on_cpu, "tiles are for layouts that keep a row in one piece"
             return self._upload(port, dtype, values.values, values.index)
         return self._upload(port, dtype, self._packed(port, values))
 
-    def idle(self) -> list[Any]:
+    def idle(self) -> list[Buffer]:
         """The arguments of a call that does no work at all: what a call costs by itself."""
         return [argument for arguments in self._idle for argument in arguments]
 
-    def execute(self, arguments: list[Any]) -> list[Buffer]:
+    def execute(self, arguments: list[Buffer]) -> list[Buffer]:
         """One call: every output of every instance."""
         return self._model.execute(*arguments)
 
+    def capture(self, key: int, arguments: list[Buffer]) -> list[Buffer]:
+        """Keep the launches of a call on a GPU as `key`; the buffers that every replay writes."""
+        self.execute(arguments)  # once before: what a kernel does the first time is no part of it
+        self.device.synchronize()
+        return self._model.capture(key, *arguments)
+
+    def replay(self, key: int, arguments: list[Buffer]) -> None:
+        """Launch a captured call again; `arguments` are the same."""
+        self._model.replay(key, *arguments)
+
+    def release(self, key: int) -> None:
+        """Forget a captured call; its outputs must be gone."""
+        self._model.release_captured_graph(key)
+
     def run(self, name: str, shape: Statics, inputs: Inputs) -> Arrays:
         """The op's outputs as float32 [..], and the caches as they are afterwards; `inputs` stay as they are."""
-        at = self._index(name, shape)
+        at = self._indices(name, shape)[0]
         arguments = self.prepare(name, shape, inputs)
         results = self.execute(arguments)
         first = sum(len(OUTPUTS[op]) for op, _ in self.instances[:at])
@@ -142,13 +162,14 @@ class Kernels:
 
     def serves(self, name: str, shape: Statics) -> bool:
         """Whether there is an instance of op `name` for the static dims in `shape`."""
-        return any(op == name and all(shape[k] == v for k, v in statics.items()) for op, statics in self.instances)
+        return bool(self._indices(name, shape))
 
-    def _index(self, name: str, shape: Statics) -> int:
-        for i, (op, statics) in enumerate(self.instances):
-            if op == name and all(shape[key] == value for key, value in statics.items()):
-                return i
-        raise KeyError(f"no instance of {name} for {dict(shape)}")
+    def _indices(self, name: str, shape: Statics) -> list[int]:
+        return [
+            i
+            for i, (op, statics) in enumerate(self.instances)
+            if op == name and all(shape[key] == value for key, value in statics.items())
+        ]
 
     def _packed(self, port: str, values: Array) -> Array:
         """From the reference's layout to the device's."""
@@ -167,10 +188,10 @@ class Kernels:
         """Back to the reference's layout."""
         return values.swapaxes(3, 4) if self.on_cpu and port == "k_cache" else values
 
-    def _upload(self, port: str, dtype: DType, values: Array, index: Array | None = None) -> Any:
+    def _upload(self, port: str, dtype: DType, values: Array, index: Array | None = None) -> Buffer:
         """`values`, or the rows `index` of them; the bits are made before the rows are multiplied."""
         if port in SCALARS:
-            return np.array(values, np.int32)
+            return Buffer.from_numpy(np.array(values, np.int32))
         if dtype == DType.bfloat16:
             host = (np.ascontiguousarray(values, np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
         else:

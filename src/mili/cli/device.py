@@ -25,8 +25,12 @@ def ceilings(device: str, dtype: str) -> Ceilings:
     from max.driver import Accelerator
 
     number = int(device.removeprefix("gpu:"))
-    known = _GPU_MATRIX.get(Accelerator(number).architecture_name) if dtype == "bfloat16" else None
-    return Ceilings(gpu_copy_bandwidth(number), known)
+    return Ceilings(gpu_copy_bandwidth(number), gpu_matrix_rate(Accelerator(number).architecture_name, dtype))
+
+
+def gpu_matrix_rate(architecture: str, dtype: str) -> float | None:
+    """Flops per second that have been measured on a GPU of this architecture; None if nobody has."""
+    return _GPU_MATRIX.get(architecture) if dtype == "bfloat16" else None
 
 
 def memory_in_use(device: str) -> int:

@@ -1,0 +1,174 @@
+"""The kernels on a GPU: which calls are timed, and how, so that the numbers are those of memory and not of a cache.
+
+A call is one captured device graph with `COPIES` instances of the op in a row, each on operands of its own, and as many
+such graphs take turns as it needs for their operands to be four times the L2 cache. The host's part of a launch and the
+gap between graphs are shared by the copies; kernels of mili start while the one before ends, as they do in a step.
+Knows no reference. Invariant: what is timed has been captured, so nothing is allocated or copied meanwhile.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from max.driver import CPU, Buffer, Device
+from max.dtype import DType
+from max.engine import InferenceSession, Model
+from max.graph import DeviceRef, Graph, TensorType, ops
+
+from kernels.inputs import Shape
+from kernels.model_shapes import CASES, MODELS, Case, row_index, tiled
+from kernels.specs import BY_NAME
+from kernels.test_sampling import Sampler
+from mili.sampling import SamplerState, SamplingBatch
+from mili.sampling_params import SamplingParams
+from support.graphs import compiled_graph
+from support.kernels import Kernels
+
+COPIES = 8
+COLD_BYTES = 240_000_000  # four times the L2 cache of an H200
+SIZES = ("0.6B", "8B")
+SQUARE = {"K": 8192, "N": 8192, "bias": False, "wide": False}  # the largest product: what the matrix unit gives
+READ_BYTES = 132 * 1024 * 16 * 8 * 64  # 1.1 GB
+
+_DECODE = (1, 64, 256)
+_ROWS = {"embedding": "T", "add_rms_norm": "T", "silu_mul": "T", "qk_norm_rope_store": "T", "linear": "M"}
+_CONTEXTS = {
+    "1 on 512": ((512, 1),),
+    "64 on 512": ((512, 1),) * 64,
+    "256 on 512": ((512, 1),) * 256,
+    "16 on 4096": ((4096, 1),) * 16,
+    "1 on 32768": ((32_768, 1),),
+    "prompts 16 x 512": ((512, 512),) * 16,
+    "prompt 4096": ((4096, 4096),),
+}
+
+
+def calls(case: Case, static: Shape) -> dict[str, Shape]:
+    """What is timed of an instance, by a label: batches that decode, and prompts."""
+    if case.name == "paged_attention":
+        return {label: {"requests": requests} for label, requests in _CONTEXTS.items()}
+    if case.name == "add_rms_norm_rows":
+        return {f"{rows} of 2048": {"T": 2048, "R": rows} for rows in (4, 256)}
+    if case.name == "linear":
+        rows = _DECODE if static["wide"] else (*_DECODE, 2048, 8192)
+    else:
+        rows = (*_DECODE, 2048)
+    table = {"V": 8192} if case.name == "embedding" else {}
+    return {f"{count} rows": {_ROWS[case.name]: count, **table} for count in rows}
+
+
+def instances() -> list[tuple[str, Shape]]:
+    """Every instance of the timed models, `COPIES` times, and the large square product once."""
+    found = [(case.name, static) for case in CASES for size in SIZES for static in case.statics(MODELS[size])]
+    different = [item for i, item in enumerate(found) if item not in found[:i]]
+    return [*(item for item in different for _ in range(COPIES)), ("linear", SQUARE)]
+
+
+def graphs(device: Device) -> tuple[Kernels, "Reader", Sampler]:
+    """Everything that is timed, compiled."""
+    return Kernels("bfloat16", instances(), device), Reader(device), Sampler(device)
+
+
+def time_call(kernels: Kernels, name: str, shape: Shape, inputs: Mapping[str, Any], moved: int, copies: int) -> float:
+    """Seconds of one instance of op `name` on cold operands."""
+    first = {port: kernels.put(name, shape, port, values) for port, values in inputs.items()}
+    sets = min(48, max(1, -(-COLD_BYTES // (copies * moved))))
+    captured = []
+    for key in range(sets):
+        operands = [
+            {port: value if value.is_host else value.copy() for port, value in first.items()} for _ in range(copies)
+        ]
+        arguments = kernels.prepare(name, shape, *operands)
+        captured.append((arguments, kernels.capture(key, arguments)))
+
+    def round_of_all() -> None:
+        for key, (arguments, _) in enumerate(captured):
+            kernels.replay(key, arguments)
+
+    seconds = _median(round_of_all, kernels.device) / (sets * copies)
+    captured.clear()
+    for key in range(sets):
+        kernels.release(key)
+    return seconds
+
+
+def time_case(kernels: Kernels, case: Case, shape: Shape, copies: int = COPIES) -> float:
+    """Seconds of one instance at `shape`, on random operands."""
+    few = {**shape, **case.tiles}
+    inputs = BY_NAME[case.name].inputs(np.random.default_rng(0), few, kernels.dtype)
+    given = tiled(case, inputs, row_index(case, shape, 0))
+    return time_call(kernels, case.name, shape, given, BY_NAME[case.name].bytes_moved(shape, 2), copies)
+
+
+def time_sampler(sampler: Sampler, rows: int, vocab: int, **params: Any) -> float:
+    """Seconds to sample `rows` rows of logits; alone in its graph, so a launch of about 2 us is in it."""
+    rng = np.random.default_rng(0)
+    batch = SamplingBatch.build([SamplerState(SamplingParams(**params), [1], seed=i).row() for i in range(rows)])
+    arrays = (batch.floats, batch.ints, batch.edit_starts, batch.edit_ids, batch.edit_values, batch.masks)
+    rest = [Buffer.from_numpy(np.ascontiguousarray(array)).to(sampler.device) for array in arrays]
+    logits = Buffer.from_numpy(3 * rng.standard_normal((rows, vocab), np.float32)).to(sampler.device)
+    sets = min(48, max(2, -(-COLD_BYTES // (4 * rows * vocab))))
+    copies = [logits.copy() for _ in range(sets)]
+    sampler.model.execute(logits, *rest)
+    sampler.device.synchronize()
+    outputs = [sampler.model.capture(key, copy, *rest) for key, copy in enumerate(copies)]
+
+    def round_of_all() -> None:
+        for key, copy in enumerate(copies):
+            sampler.model.replay(key, copy, *rest)
+
+    seconds = _median(round_of_all, sampler.device) / sets
+    outputs.clear()
+    for key in range(sets):
+        sampler.model.release_captured_graph(key)
+    return seconds
+
+
+class Reader:
+    """The kernel that only reads."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._session = InferenceSession(devices=[device])
+        source = str(Path(__file__).parent / "ceilings" / "__init__.mojo")
+        self._compiled = compiled_graph(self._session, device, "read", source, (), self._graph)
+
+    def bytes_per_s(self) -> float:
+        """Bytes a second of reading `READ_BYTES` of random data."""
+        model: Model = self._session.init(self._compiled)
+        words = np.random.default_rng(0).integers(0, 2**32, READ_BYTES // 4, np.uint32)
+        x = Buffer.from_numpy(words).to(self.device)
+        model.execute(x)
+        self.device.synchronize()
+        outputs = model.capture(0, x)
+        seconds = _median(lambda: model.replay(0, x), self.device)
+        assert int(outputs[0].to(CPU()).to_numpy().view(np.uint32).sum(dtype=np.uint64)) > 0
+        return READ_BYTES / seconds
+
+    def _graph(self) -> Graph:
+        device = DeviceRef.from_device(self.device)
+        kind = TensorType(DType.uint32, ["N"], device)
+        with Graph("read", input_types=[kind], custom_extensions=[Path(__file__).parent / "ceilings"]) as graph:
+            out = TensorType(DType.uint32, [132, 1024], device)
+            graph.output(ops.custom("bench.read", device=device, values=[graph.inputs[0].tensor], out_types=[out])[0])
+        return graph
+
+
+def _median(launch: Callable[[], None], device: Device, repeats: int = 7, least: float = 0.01) -> float:
+    """Seconds of a call of `launch`, by as many in a row as `least` seconds need: their median over `repeats`."""
+    launch()
+    device.synchronize()
+    start = time.perf_counter()
+    launch()
+    device.synchronize()
+    count = max(1, int(least / (time.perf_counter() - start)))
+    times: list[float] = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(count):
+            launch()
+        device.synchronize()
+        times.append((time.perf_counter() - start) / count)
+    return float(np.median(times))
