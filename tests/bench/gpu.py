@@ -51,11 +51,8 @@ def calls(case: Case, static: Shape) -> dict[str, Shape]:
         return {label: {"requests": requests} for label, requests in _CONTEXTS.items()}
     if case.name == "add_rms_norm_rows":
         return {f"{rows} of 2048": {"T": 2048, "R": rows} for rows in (4, 256)}
-    if case.name == "linear":
-        rows = _DECODE if static["wide"] else (*_DECODE, 2048, 8192)
-    else:
-        rows = (*_DECODE, 2048)
-    table = {"V": 8192} if case.name == "embedding" else {}
+    prompts = {"linear": () if static.get("wide") else (2048, 8192)}.get(case.name, (2048,))
+    rows, table = (*_DECODE, *prompts), {"V": 8192} if case.name == "embedding" else {}
     return {f"{count} rows": {_ROWS[case.name]: count, **table} for count in rows}
 
 
