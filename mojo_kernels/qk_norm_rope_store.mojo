@@ -16,12 +16,12 @@ Limits:    D is 64 or 128. Keys of one page lie side by side on the CPU, so that
 Source:    RoPE: Su 2021 (arXiv 2104.09864) in the half-rotation layout of the checkpoints; q/k norm: Qwen3 report
 """
 
+from ._norm_rope_gpu import PAIRS, load_pairs, norm_rope
 from ._parallel import for_each
 from ._prelude import *
-from std.bit import log2_floor
 
 comptime _THREADS = 128  # of a GPU thread block
-comptime _PAIRS = 8  # (i, i + D/2) that a lane holds
+comptime _MANY = 24576  # heads of all tokens from which a lane has two: enough loads in flight then matter more than lanes
 
 
 @always_inline
@@ -77,12 +77,82 @@ def _qk_norm_rope_store_cpu[
     for_each(token, tokens, 4 * tokens * (num_q_heads + 2 * num_kv_heads) * D * size_of[dtype]())
 
 
-@always_inline
-def _vector[dtype: DType](x: Ptr[dtype], i: Int) -> SIMD[F32, _PAIRS]:
-    return x.unsafe_load[width=_PAIRS, alignment=16](i).cast[F32]()
-
-
 def _qk_norm_rope_store_kernel[
+    dtype: DType, D: Int, HEADS: Int
+](
+    q: Ptr[dtype],
+    qkv: Ptr[dtype],
+    q_norm: Ptr[dtype],
+    k_norm: Ptr[dtype],
+    cos_sin: Ptr[F32],
+    positions: Ptr[DType.int32],
+    slots: Ptr[DType.int32],
+    k_layer: Ptr[dtype],
+    v_layer: Ptr[dtype],
+    tokens32: Int32,
+    num_q_heads32: Int32,
+    num_kv_heads32: Int32,
+    page_size32: Int32,
+    eps: Float32,
+):
+    comptime HALF = D // 2
+    comptime LANES = HALF // PAIRS  # of a head
+    var num_q_heads = Int(num_q_heads32)
+    var num_kv_heads = Int(num_kv_heads32)
+    var page_size = Int(page_size32)
+    var heads = num_q_heads + 2 * num_kv_heads
+    var parts = UInt32(heads // HEADS)
+    var own = UInt32(block_idx.x * (_THREADS // LANES) + thread_idx.x // LANES)
+    var part = min(own, UInt32(tokens32) * parts - 1)  # lanes past the last repeat it, for the sums of a warp, and store nothing
+    var t = Int(part // parts)
+    var head = Int(part % parts) * HEADS
+    var at = thread_idx.x % LANES * PAIRS
+
+    # All that the kernel ahead does not write is fetched before it has finished, and where to store is known by then.
+    launch_dependent_grids()
+    var slot = UInt32(slots[unsafe_offset=t])
+    var angles = cos_sin.unsafe_offset(Int(positions[unsafe_offset=t]) * D + at)
+    var weight = q_norm if head < num_q_heads else k_norm
+    var weight_low = load_pairs[dtype](weight, at)
+    var weight_high = load_pairs[dtype](weight, at + HALF)
+    var c = SIMD[F32, PAIRS](0)
+    var s = SIMD[F32, PAIRS](0)
+    comptime if HEADS == 1:
+        c = load_pairs[F32](angles, 0)
+        s = load_pairs[F32](angles, HALF)
+    var out = q.unsafe_offset((t * num_q_heads + head) * D + at)
+    var out_head = D  # from one head to the next
+    if head >= num_q_heads:
+        var is_k = head < num_q_heads + num_kv_heads
+        var kv_head = head - num_q_heads - (0 if is_k else num_kv_heads)
+        var page = Int(slot // UInt32(page_size32)) * num_kv_heads + kv_head
+        var offset = Int(slot % UInt32(page_size32))
+        out = (k_layer if is_k else v_layer).unsafe_offset((page * page_size + offset) * D + at)
+        out_head = page_size * D
+    wait_on_dependent_grids()
+
+    var row = qkv.unsafe_offset((t * heads + head) * D + at)
+    var lows = Array[SIMD[dtype, PAIRS], HEADS](fill=0)
+    var highs = Array[SIMD[dtype, PAIRS], HEADS](fill=0)
+    comptime for i in range(HEADS):
+        lows[i] = row.unsafe_load[width=PAIRS, alignment=16](i * D)
+        highs[i] = row.unsafe_load[width=PAIRS, alignment=16](i * D + HALF)
+    comptime if HEADS > 1:  # many tokens: nobody waited above, and a position still on its way must not hold back the row
+        c = load_pairs[F32](angles, 0)
+        s = load_pairs[F32](angles, HALF)
+    comptime for i in range(HEADS):
+        var low = lows[i].cast[F32]()
+        var high = highs[i].cast[F32]()
+        norm_rope[D](low, high, weight_low, weight_high, c, s, eps)
+        if head < num_q_heads + num_kv_heads:
+            lows[i] = low.cast[dtype]()
+            highs[i] = high.cast[dtype]()
+        if own == part:
+            out.unsafe_store[alignment=16](i * out_head, lows[i])
+            out.unsafe_store[alignment=16](i * out_head + HALF, highs[i])
+
+
+def _qk_norm_rope_store_gpu[
     dtype: DType, D: Int
 ](
     q: Ptr[dtype],
@@ -94,54 +164,42 @@ def _qk_norm_rope_store_kernel[
     slots: Ptr[DType.int32],
     k_layer: Ptr[dtype],
     v_layer: Ptr[dtype],
-    num_q_heads32: Int32,
-    num_kv_heads32: Int32,
-    page_size32: Int32,
+    tokens: Int,
+    num_q_heads: Int,
+    num_kv_heads: Int,
+    page_size: Int,
     eps: Float32,
-):
-    comptime HALF = D // 2
-    comptime LANES = HALF // _PAIRS  # of a head
-    var num_q_heads = Int(num_q_heads32)
-    var num_kv_heads = Int(num_kv_heads32)
-    var page_size = Int(page_size32)
-    var t = block_idx.x
+    ctx: DeviceContext,
+) raises:
     var heads = num_q_heads + 2 * num_kv_heads
-    var own = (block_idx.y * _THREADS + thread_idx.x) // LANES
-    var head = min(own, heads - 1)  # lanes past the last head repeat it, for the sums of a warp, and store nothing
-    var at = thread_idx.x % LANES * _PAIRS
 
-    # All that the kernel ahead does not write is fetched before it has finished.
-    launch_dependent_grids()
-    var weight = q_norm if head < num_q_heads else k_norm
-    var weight_low = _vector[dtype](weight, at)
-    var weight_high = _vector[dtype](weight, at + HALF)
-    var slot = Int(slots[unsafe_offset=t])
-    var angles = Int(positions[unsafe_offset=t]) * D + at
-    var c = _vector[F32](cos_sin, angles)
-    var s = _vector[F32](cos_sin, angles + HALF)
-    wait_on_dependent_grids()
+    @always_inline
+    def launch[HEADS: Int]() raises {imm}:
+        comptime kernel = _qk_norm_rope_store_kernel[dtype, D, HEADS]
+        ctx.enqueue_function[kernel](
+            q,
+            qkv,
+            q_norm,
+            k_norm,
+            cos_sin,
+            positions,
+            slots,
+            k_layer,
+            v_layer,
+            Int32(tokens),
+            Int32(num_q_heads),
+            Int32(num_kv_heads),
+            Int32(page_size),
+            eps,
+            grid_dim=ceildiv(tokens * heads // HEADS, _THREADS * 16 // D),
+            block_dim=_THREADS,
+            attributes=pdl_launch_attributes(PDLLevel.ON),
+        )
 
-    var low = _vector[dtype](qkv, (t * heads + head) * D + at)
-    var high = _vector[dtype](qkv, (t * heads + head) * D + at + HALF)
-    var squares = (low * low + high * high).reduce_add()
-    comptime for step in range(log2_floor(LANES)):
-        squares += warp.shuffle_xor(squares, UInt32(1 << step))
-    if own >= heads:
-        return
-    var out = q.unsafe_offset((t * num_q_heads + head) * D + at)
-    if head >= num_q_heads:
-        var is_k = head < num_q_heads + num_kv_heads
-        var kv_head = head - num_q_heads - (0 if is_k else num_kv_heads)
-        var page = (slot // page_size) * num_kv_heads + kv_head
-        out = (k_layer if is_k else v_layer).unsafe_offset((page * page_size + slot % page_size) * D + at)
-    if head < num_q_heads + num_kv_heads:
-        var scale = 1 / sqrt(squares / Float32(D) + eps)
-        var x = low * scale * weight_low
-        var z = high * scale * weight_high
-        low = x * c - z * s
-        high = z * c + x * s
-    out.unsafe_store[alignment=16](0, low.cast[dtype]())
-    out.unsafe_store[alignment=16](HALF, high.cast[dtype]())
+    if tokens * heads >= _MANY and num_q_heads % 2 == 0 and num_kv_heads % 2 == 0:
+        launch[2]()
+    else:
+        launch[1]()
 
 
 @extensibility.register("mili.qk_norm_rope_store")
@@ -215,8 +273,7 @@ struct QkNormRopeStore:
                 eps,
             )
         elif is_gpu[target]():
-            comptime kernel = _qk_norm_rope_store_kernel[q.dtype, D]
-            ctx.enqueue_function[kernel](
+            _qk_norm_rope_store_gpu[q.dtype, D](
                 q.unsafe_ptr(),
                 qkv.unsafe_ptr(),
                 q_norm.unsafe_ptr(),
@@ -226,13 +283,12 @@ struct QkNormRopeStore:
                 slots.unsafe_ptr(),
                 k_layer,
                 v_layer,
-                Int32(num_q_heads),
-                Int32(num_kv_heads),
-                Int32(page_size),
+                tokens,
+                num_q_heads,
+                num_kv_heads,
+                page_size,
                 eps,
-                grid_dim=(tokens, ceildiv(num_q_heads + 2 * num_kv_heads, _THREADS * 16 // D)),
-                block_dim=_THREADS,
-                attributes=pdl_launch_attributes(PDLLevel.ON),
+                ctx,
             )
         else:
             comptime assert False, "mili.qk_norm_rope_store: unsupported target"

@@ -7,8 +7,9 @@ Shapes:    add_rms_norm:      y [T, H], residual_out [T, H] = x [T, H], residual
 Dtypes:    bfloat16 or float32; sum of squares in float32; r is rounded to the dtype before it is normalised, so that y belongs
            to the residual that the next layer sees
 CPU:       parallel over rows; SIMD over H with a scalar tail
-GPU:       one thread block of 256 threads per row; warp sums, then one shared-memory pass; x and residual are read once, and
-           stay in registers up to H = 8192 in bfloat16
+GPU:       one thread block per row, of one warp up to 2 KB a row, 4 up to 8 KB, else 8 (also for 97-264 rows, about two
+           for each multiprocessor, which then share them more evenly); warp sums, then one shared-memory pass; x and
+           residual are read once, all loads at once, and stay in registers up to 16 KB a row
 Bound:     bytes = 4 R H sizeof(dtype) (3 for _rows); flops = 5 R H
 Limits:    H is any positive number; 16-byte accesses on the GPU when H allows, else one element at a time
 Source:    Zhang and Sennrich 2019 (arXiv 1910.07467)
@@ -18,8 +19,8 @@ Source:    Zhang and Sennrich 2019 (arXiv 1910.07467)
 from ._parallel import for_each
 from ._prelude import *
 
-comptime BLOCK = 256
-"""Threads of a GPU thread block, which owns one row."""
+comptime WARPS = 8
+"""Sums that make up a row's sum of squares on the GPU, and the most warps that share a row."""
 
 comptime KEPT = 4
 """Vectors of a row that a GPU thread keeps in registers; what a longer row has beyond them is read back."""
@@ -70,7 +71,7 @@ def _add_norm_row_cpu[
 
 # --8<-- [start:kernel_gpu]
 def _add_norm_kernel[
-    dtype: DType, VEC: Int, chosen_rows: Bool
+    dtype: DType, VEC: Int, GROUP: Int, chosen_rows: Bool
 ](
     y: Ptr[dtype],
     residual_out: Ptr[dtype],
@@ -82,64 +83,79 @@ def _add_norm_kernel[
     eps: Float32,
 ):
     comptime ALIGN = VEC * size_of[dtype]()
-    comptime STEP = BLOCK * VEC
+    comptime STEP = GROUP * WARP_SIZE * VEC
+    comptime SUMS = min(KEPT, WARPS // GROUP)  # of the row's WARPS sums, that one warp makes
     var h = Int(h32)
-    var partial = unsafe_stack_allocation[BLOCK // WARP_SIZE, Float32, address_space=AddressSpace.SHARED]()
     var at = thread_idx.x * VEC
     # The gain is a weight: it is fetched before the kernel ahead has finished.
     launch_dependent_grids()
     var gain = Array[SIMD[dtype, VEC], KEPT](fill=0)
-    comptime for j in range(KEPT):
-        if at + j * STEP < h:
-            gain[j] = weight.unsafe_load[width=VEC, alignment=ALIGN](at + j * STEP)
+    comptime for k in range(KEPT):
+        if at + k * STEP < h:
+            gain[k] = weight.unsafe_load[width=VEC, alignment=ALIGN](at + k * STEP)
     wait_on_dependent_grids()
-    var source = block_idx.x * h
+    var out = block_idx.x * h
+    var source = out
     comptime if chosen_rows:
         source = Int(rows[unsafe_offset=block_idx.x]) * h
-    # y holds r between the passes for chosen rows: the same thread reads back what it wrote.
-    var stored = y if chosen_rows else residual_out
-    var out = block_idx.x * h
-    var total = Float32(0)
-
-    @always_inline
-    def add(i: Int, store: Bool) {mut total, imm} -> SIMD[dtype, VEC]:
-        var r = (
-            x.unsafe_load[width=VEC, alignment=ALIGN](source + i).cast[F32]()
-            + residual.unsafe_load[width=VEC, alignment=ALIGN](source + i).cast[F32]()
-        ).cast[dtype]()
-        if store:
-            stored.unsafe_store[alignment=ALIGN](out + i, r)
-        var f = r.cast[F32]()
-        total += (f * f).reduce_add()
-        return r
-
+    # All loads of a row are in flight before the first is waited for; a store between them would hold back the next.
     var kept = Array[SIMD[dtype, VEC], KEPT](fill=0)
-    comptime for j in range(KEPT):
-        if at + j * STEP < h:
-            kept[j] = add(at + j * STEP, not chosen_rows)
-    var i = at + KEPT * STEP
-    while i < h:
-        _ = add(i, True)
-        i += STEP
-    total = warp.sum(total)
-    if lane_id() == 0:
-        partial[unsafe_offset=warp_id()] = total
-    barrier()
-    total = 0
-    comptime for j in range(BLOCK // WARP_SIZE):
-        total += partial[unsafe_offset=j]
+    var added = Array[SIMD[dtype, VEC], KEPT](fill=0)
+    comptime for k in range(KEPT):
+        if at + k * STEP < h:
+            kept[k] = x.unsafe_load[width=VEC, alignment=ALIGN](source + at + k * STEP)
+            added[k] = residual.unsafe_load[width=VEC, alignment=ALIGN](source + at + k * STEP)
+    var sums = Array[Float32, SUMS](fill=0)
+    comptime for k in range(KEPT):
+        kept[k] = (kept[k].cast[F32]() + added[k].cast[F32]()).cast[dtype]()
+        var f = kept[k].cast[F32]()
+        sums[k % SUMS] += (f * f).reduce_add()
+    comptime if not chosen_rows:
+        comptime for k in range(KEPT):
+            if at + k * STEP < h:
+                residual_out.unsafe_store[alignment=ALIGN](out + at + k * STEP, kept[k])
+    # What of a longer row is not kept, the same thread reads back later; for chosen rows y holds it until then.
+    var stored = y if chosen_rows else residual_out
+    comptime if GROUP == WARPS:
+        var i = at + KEPT * STEP
+        while i < h:
+            var r = (
+                x.unsafe_load[width=VEC, alignment=ALIGN](source + i).cast[F32]()
+                + residual.unsafe_load[width=VEC, alignment=ALIGN](source + i).cast[F32]()
+            ).cast[dtype]()
+            stored.unsafe_store[alignment=ALIGN](out + i, r)
+            var f = r.cast[F32]()
+            sums[0] += (f * f).reduce_add()
+            i += STEP
+
+    # Warp w makes the row's sums w, w + GROUP, ...: these and their order are the same whatever the group, and so the bits.
+    comptime for m in range(SUMS):
+        sums[m] = warp.sum(sums[m])
+    var total = Float32(0)
+    comptime if GROUP == 1:
+        comptime for m in range(SUMS):
+            total += sums[m]
+    else:
+        var partial = unsafe_stack_allocation[WARPS, Float32, address_space=AddressSpace.SHARED]()
+        if lane_id() == 0:
+            comptime for m in range(SUMS):
+                partial[unsafe_offset=warp_id() + m * GROUP] = sums[m]
+        barrier()
+        comptime for w in range(SUMS * GROUP):
+            total += partial[unsafe_offset=w]
     var scale = 1 / sqrt(total / Float32(h) + eps)
-    comptime for j in range(KEPT):
-        if at + j * STEP < h:
-            var normed = kept[j].cast[F32]() * scale * gain[j].cast[F32]()
-            y.unsafe_store[alignment=ALIGN](out + at + j * STEP, normed.cast[dtype]())
-    i = at + KEPT * STEP
-    while i < h:
-        var r = stored.unsafe_load[width=VEC, alignment=ALIGN](out + i).cast[F32]()
-        var w = weight.unsafe_load[width=VEC, alignment=ALIGN](i).cast[F32]()
-        y.unsafe_store[alignment=ALIGN](out + i, (r * scale * w).cast[dtype]())
-        # --8<-- [end:kernel_gpu]
-        i += STEP
+    comptime for k in range(KEPT):
+        if at + k * STEP < h:
+            var normed = kept[k].cast[F32]() * scale * gain[k].cast[F32]()
+            y.unsafe_store[alignment=ALIGN](out + at + k * STEP, normed.cast[dtype]())
+    comptime if GROUP == WARPS:
+        var i = at + KEPT * STEP
+        while i < h:
+            var r = stored.unsafe_load[width=VEC, alignment=ALIGN](out + i).cast[F32]()
+            var w = weight.unsafe_load[width=VEC, alignment=ALIGN](i).cast[F32]()
+            y.unsafe_store[alignment=ALIGN](out + i, (r * scale * w).cast[dtype]())
+            i += STEP
+# --8<-- [end:kernel_gpu]
 
 
 def _add_norm_gpu[
@@ -158,8 +174,8 @@ def _add_norm_gpu[
 ) raises:
     # --8<-- [start:launch_gpu]
     @always_inline
-    def launch[VEC: Int]() raises {imm}:
-        comptime kernel = _add_norm_kernel[dtype, VEC, chosen_rows]
+    def launch[VEC: Int, GROUP: Int]() raises {imm}:
+        comptime kernel = _add_norm_kernel[dtype, VEC, GROUP, chosen_rows]
         ctx.enqueue_function[kernel](
             y,
             residual_out,
@@ -170,15 +186,23 @@ def _add_norm_gpu[
             Int32(h),
             eps,
             grid_dim=num_rows,
-            block_dim=BLOCK,
+            block_dim=GROUP * WARP_SIZE,
             attributes=pdl_launch_attributes(PDLLevel.ON),
         )
 
     comptime VEC = 16 // size_of[dtype]()
-    if h % VEC == 0:
-        launch[VEC]()
-    else:
-        launch[1]()
+    comptime REACH = KEPT * WARP_SIZE * VEC  # what a warp keeps of a row
+    if h % VEC != 0:
+        launch[1, WARPS]()
+        return
+    comptime if not chosen_rows:
+        if h <= REACH:
+            launch[VEC, 1]()
+            return
+        if h <= 4 * REACH and not (96 < num_rows <= 264):
+            launch[VEC, 4]()
+            return
+    launch[VEC, WARPS]()
     # --8<-- [end:launch_gpu]
 
 
