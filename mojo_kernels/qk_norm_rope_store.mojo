@@ -9,7 +9,7 @@ Shapes:    q [T, Hq*D] = qkv [T, (Hq+2 Hkv)*D], q_norm [D], k_norm [D], cos_sin 
 Dtypes:    bfloat16 or float32, cache alike; float32 arithmetic, one rounding at the store
 CPU:       parallel over tokens; SIMD over half a head
 GPU:       D/16 lanes per head, each with 8 neighbouring pairs (i, i + D/2) in 16-byte vectors; a thread block of 128 threads has
-           16 heads (D 128) or 32 of one token
+           16 heads (D 128) or 32, and from 24576 heads on, where bytes in flight count more than lanes, two heads per lane
 Bound:     bytes = T (2 Hq + 4 Hkv) D sizeof(dtype) + T D 4; flops = 8 T (Hq + Hkv) D
 Limits:    D is 64 or 128. Keys of one page lie side by side on the CPU, so that attention
            reads a vector of keys per dimension

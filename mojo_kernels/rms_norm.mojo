@@ -7,9 +7,8 @@ Shapes:    add_rms_norm:      y [T, H], residual_out [T, H] = x [T, H], residual
 Dtypes:    bfloat16 or float32; sum of squares in float32; r is rounded to the dtype before it is normalised, so that y belongs
            to the residual that the next layer sees
 CPU:       parallel over rows; SIMD over H with a scalar tail
-GPU:       one thread block per row, of one warp up to 2 KB a row, 4 up to 8 KB, else 8 (also for 97-264 rows, about two
-           for each multiprocessor, which then share them more evenly); warp sums, then one shared-memory pass; x and
-           residual are read once, all loads at once, and stay in registers up to 16 KB a row
+GPU:       one thread block per row: one warp up to 2 KB a row, 4 up to 8 KB (but 8 for 97 to 264 rows), else 8; warp sums, then
+           one shared-memory pass; x and residual are read once, all loads at once, and stay in registers up to 16 KB a row
 Bound:     bytes = 4 R H sizeof(dtype) (3 for _rows); flops = 5 R H
 Limits:    H is any positive number; 16-byte accesses on the GPU when H allows, else one element at a time
 Source:    Zhang and Sennrich 2019 (arXiv 1910.07467)
@@ -199,7 +198,9 @@ def _add_norm_gpu[
         if h <= REACH:
             launch[VEC, 1]()
             return
-        if h <= 4 * REACH and not (96 < num_rows <= 264):
+        # About a row or two for each multiprocessor: smaller blocks would crowd some of them and leave others idle.
+        var uneven = 96 < num_rows <= 264
+        if h <= 4 * REACH and not uneven:
             launch[VEC, 4]()
             return
     launch[VEC, WARPS]()

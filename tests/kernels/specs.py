@@ -186,8 +186,8 @@ SPECS = (
     ),
     KernelSpec(
         "add_rms_norm",
-        ({"H": 1024}, {"H": 95}, {"H": 1}),
-        _TOKENS,
+        ({"H": 1024}, {"H": 2560}, {"H": 8200}, {"H": 95}, {"H": 1}),  # the GPU divides these rows differently
+        (*_TOKENS, {"T": 130}),
         norm_inputs,
         _add_rms_norm,
         lambda s, size: 4 * s["T"] * s["H"] * size,
@@ -225,7 +225,10 @@ SPECS = (
     KernelSpec(
         "qk_norm_rope_store",
         HEADS,
-        tuple({"T": tokens, "S": s} for s in PAGE_SIZES for tokens in sorted({0, 1, s - 1, s, s + 1})),
+        (
+            *({"T": tokens, "S": s} for s in PAGE_SIZES for tokens in sorted({0, 1, s - 1, s, s + 1})),
+            {"T": 800, "S": 16},  # many tokens: another GPU kernel
+        ),
         store_inputs,
         _store,
         lambda s, size: s["T"] * (2 * s["Hq"] + 4 * s["Hkv"]) * s["D"] * size + 4 * s["T"] * s["D"],
