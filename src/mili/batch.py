@@ -102,11 +102,11 @@ class ForwardBatch:
         )
 
     @property
-    def max_query_len(self) -> int:
-        """Most rows any request has."""
-        return int(np.diff(self.query_starts).max())
+    def max_query_len(self) -> IntArray:
+        """[] most rows any request has."""
+        return np.array(np.diff(self.query_starts).max(), np.int32)
 
     @property
-    def max_seq_len(self) -> int:
-        """Most tokens any request has in the cache after this step."""
-        return int(self.seq_lens.max())
+    def max_seq_len(self) -> IntArray:
+        """[] most tokens any request has in the cache after this step."""
+        return np.array(self.seq_lens.max(), np.int32)

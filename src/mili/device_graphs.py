@@ -1,13 +1,12 @@
-"""How a step reaches a GPU: one copy of all its arrays, and decode steps replayed as captured device graphs.
-
-A step's arrays travel as one block of 32-bit words; the graph's inputs are views into it:
-
-    block    | token_ids | pad | positions | pad | slots | pad | ...        each array starts on a 256-byte border
+"""Decode steps on a GPU: launch sequences that were captured once and are replayed.
 
 A decode step (one token a request) has few shapes, so it is padded up to the next bucket of requests and of page-table
 width, and the launch sequence of that bucket is captured once and replayed. Padding rows are requests of one token at
-slot 0, in the scratch page. Knows buffers and shapes; knows no requests. Invariant: a replay computes exactly what the
-eager call on the same arrays would.
+slot 0, in the scratch page. A step may be enqueued while the one before it still runs: the tokens that one samples are
+copied into its token ids on the device.
+
+Knows buffers and shapes; knows no requests. Invariant: a replay computes exactly what the eager call on the same arrays
+would.
 """
 
 from collections.abc import Mapping
@@ -20,40 +19,27 @@ from max.dtype import DType
 from max.engine import Model
 from numpy.typing import NDArray
 
-from mili.models.qwen3 import INPUT_NAMES
+from mili.transfers import Arrays, Layout, page_locked
 
-__all__ = ["DecodeGraphs", "upload"]
+__all__ = ["DecodeGraphs"]
 
-Arrays = Mapping[str, NDArray[Any]]
-
-_BORDER_WORDS = 64  # 256 bytes: what a fresh allocation would be aligned to
-_HOST_SCALARS = ("max_query_len", "max_seq_len")
 _MIN_PAGES = 16  # narrowest page table worth a graph of its own
-
-
-def upload(arrays: Arrays, device: Device) -> tuple[list[Buffer], NDArray[np.int32]]:
-    """Copy a step's arrays to the device in one block; returns the graph's inputs and the host block they come from.
-
-    The copy is asynchronous: the caller keeps the block until the step's results are on the host.
-    """
-    layout, size = _layout({name: arrays[name].shape for name in INPUT_NAMES})
-    host = np.zeros(size, np.int32)
-    _fill(host, layout, arrays)
-    block = Buffer.from_numpy(host).to(device)
-    return _views(block, layout, arrays), host
+_PER_REQUEST = ("token_ids", "positions", "slots", "seq_lens", "floats", "ints")
+# What a row of padding holds where it is not zero: temperature 0 with top_p 1; no log-probabilities, target or mask.
+_PADDING = {"seq_lens": 1, "floats": (0.0, 1.0, 0.0), "ints": (0, -1, -1, 0, 0, 0, -1)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Captured:
-    """One captured bucket: its host and device blocks, the inputs and outputs bound at capture."""
+class _Bucket:
+    """A captured launch sequence, the buffers bound at capture, and the two sides of host memory it is fed from."""
 
     key: int
-    layout: dict[str, tuple[int, tuple[int, ...]]]
-    host: NDArray[np.int32]
-    source: Buffer  # the host block as a Buffer, so that refreshing allocates nothing
     block: Buffer
+    token_ids: int  # where they start in the block
     inputs: list[Buffer]
-    outputs: list[Buffer]
+    outputs: list[Buffer]  # of the bucket's number of rows; filled at capture
+    sources: list[Buffer]
+    arrays: list[dict[str, NDArray[Any]]]  # of the sources
 
 
 class DecodeGraphs:
@@ -62,119 +48,92 @@ class DecodeGraphs:
     def __init__(self, model: Model, device: Device, fixed: list[Buffer], page_size: int) -> None:
         """`fixed` are the graph's last inputs: rotary table and caches, the same in every step."""
         self._model, self._device, self._fixed, self._page_size = model, device, fixed, page_size
-        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._buckets: dict[tuple[int, int], _Bucket] = {}
 
-    def run(self, arrays: Arrays) -> list[Buffer] | None:
-        """Replay the step, capturing its bucket first if it is new; None if it is no plain decode step.
+    def submit(self, arrays: Arrays, turn: int, after: Buffer | None = None) -> list[Buffer] | None:
+        """Enqueue a replay of the step, capturing its bucket first if it is new; None if it is no plain decode step.
 
-        A plain decode step has one token and one row of logits a request, and no logit edits or masks. Outputs have
-        the bucket's number of rows; the first R are the step's. They are overwritten by the next replay.
+        A plain decode step has one token and one row of logits a request, and no logit edits or masks. `turn`, 0 or 1,
+        is the side of host memory to use; nothing on the device may still read it. With `after`, the sampled tokens of
+        the step before, these are the step's token ids, row by row. Outputs have the bucket's number of rows; the first
+        R are the step's. They are overwritten by the next replay.
         """
         requests = len(arrays["seq_lens"])
         if len(arrays["token_ids"]) != requests or len(arrays["logit_rows"]) != requests:
             return None
         # Room for masks in every bucket would be uploaded with every step: 19 KB a row, for a vocabulary of 151,936.
-        if int(arrays["edit_starts"][-1]) or (arrays["ints"][:, 6] >= 0).any():
+        if int(arrays["edit_starts"][-1]) or arrays["ints"][:, 6].max() >= 0:
             return None
-        width = arrays["page_table"].shape[1]
-        bucket = (_next_power(requests, 1), _next_power(width, _MIN_PAGES))
-        captured = self._captured.get(bucket)
-        if captured is None:
-            return self._capture(bucket, arrays).outputs
-        _fill(captured.host, captured.layout, _pad(arrays, *bucket, self._page_size))
-        captured.block.inplace_copy_from(captured.source)
-        self._model.replay(captured.key, *captured.inputs)
-        return captured.outputs
+        size = (_next_power(requests, 1), _next_power(arrays["page_table"].shape[1], _MIN_PAGES))
+        bucket = self._buckets.get(size)
+        if bucket is None:
+            bucket = self._buckets[size] = self._new_bucket(*size)
+        _write_step(bucket.arrays[turn], arrays, requests)
+        bucket.block.inplace_copy_from(bucket.sources[turn])
+        if after is not None:
+            bucket.block[bucket.token_ids : bucket.token_ids + requests].inplace_copy_from(after[:requests])
+        if not bucket.outputs:
+            self._model.execute(*bucket.inputs)  # eagerly: lazy set-up of kernels is no part of the launch sequence
+            self._device.synchronize()
+            bucket.outputs.extend(self._model.capture(bucket.key, *bucket.inputs))
+        self._model.replay(bucket.key, *bucket.inputs)
+        return bucket.outputs
 
-    def _capture(self, bucket: tuple[int, int], arrays: Arrays) -> _Captured:
-        padded = _pad(arrays, *bucket, self._page_size)
-        layout, size = _layout({name: padded[name].shape for name in INPUT_NAMES})
-        host = np.zeros(size, np.int32)
-        _fill(host, layout, padded)
-        source = Buffer.from_numpy(host)
-        block = source.to(self._device)
-        inputs = [*_views(block, layout, padded), *self._fixed]
-        key = bucket[0] << 32 | bucket[1]
-        # Once eagerly: lazy set-up of kernels is no part of the launch sequence.
-        self._model.execute(*inputs)
-        self._device.synchronize()
-        outputs = self._model.capture(key, *inputs)
-        self._model.replay(key, *inputs)
-        self._captured[bucket] = _Captured(key, layout, host, source, block, inputs, outputs)
-        return self._captured[bucket]
+    def _new_bucket(self, requests: int, width: int) -> _Bucket:
+        layout = Layout(
+            {
+                "token_ids": (requests,),
+                "positions": (requests,),
+                "slots": (requests,),
+                "query_starts": (requests + 1,),
+                "seq_lens": (requests,),
+                "page_table": (requests, width),
+                "logit_rows": (requests,),
+                "floats": (requests, 3),
+                "ints": (requests, 7),
+                "edit_starts": (requests + 1,),
+                "edit_ids": (1,),
+                "edit_values": (1, 3),
+                "masks": (1, 1),
+            }
+        )
+        pairs = [page_locked(DType.int32, [layout.size], self._device) for _ in range(2)]
+        sides = []
+        for _, host in pairs:
+            host[:] = 0
+            arrays = layout.arrays(host)
+            arrays["query_starts"][:] = np.arange(requests + 1)
+            arrays["logit_rows"][:] = np.arange(requests)
+            sides.append(arrays)
+        block = Buffer(DType.int32, [layout.size], self._device)
+        # Grids must fit every step of the bucket.
+        scalars = {"max_query_len": 1, "max_seq_len": width * self._page_size}
+        inputs = [*layout.inputs(block, scalars), *self._fixed]
+        key = requests << 32 | width
+        return _Bucket(key, block, layout.offsets["token_ids"], inputs, [], [source for source, _ in pairs], sides)
 
     def close(self) -> None:
-        """Release every captured graph and its memory."""
-        for captured in self._captured.values():
-            captured.outputs.clear()
-            self._model.release_captured_graph(captured.key)
-        self._captured.clear()
+        """Release every captured graph and its memory; no replay may be on its way."""
+        for bucket in self._buckets.values():
+            bucket.outputs.clear()
+            self._model.release_captured_graph(bucket.key)
+        self._buckets.clear()
 
 
 def _next_power(value: int, least: int) -> int:
     return max(least, 1 << (value - 1).bit_length())
 
 
-def _pad(arrays: Arrays, requests: int, width: int, page_size: int) -> dict[str, NDArray[Any]]:
-    """The step of a whole bucket: extra requests of one token each, which read and write slot 0 only."""
-    extra = requests - len(arrays["seq_lens"])
-
-    def more(name: str, value: float) -> NDArray[Any]:
-        array = arrays[name]
-        return np.concatenate([array, np.full((extra, *array.shape[1:]), value, array.dtype)])
-
-    table = np.zeros((requests, width), np.int32)  # [requests, width]; page 0 is the scratch page
-    given = arrays["page_table"]
-    table[: given.shape[0], : given.shape[1]] = given
-    floats = more("floats", 0.0)  # temperature 0: the cheapest row
-    floats[requests - extra :, 1] = 1.0
-    ints = more("ints", 0)
-    ints[requests - extra :, [1, 2, 6]] = -1  # no log-probabilities, no target, no mask
-    return {
-        "token_ids": more("token_ids", 0),
-        "positions": more("positions", 0),
-        "slots": more("slots", 0),
-        "query_starts": np.arange(requests + 1, dtype=np.int32),
-        "seq_lens": more("seq_lens", 1),
-        "page_table": table,
-        "logit_rows": np.arange(requests, dtype=np.int32),
-        "floats": floats,
-        "ints": ints,
-        "edit_starts": np.zeros(requests + 1, np.int32),
-        "edit_ids": arrays["edit_ids"][:1],
-        "edit_values": arrays["edit_values"][:1],
-        "masks": arrays["masks"][:1],
-        "max_query_len": np.array(1, np.int32),
-        "max_seq_len": np.array(width * page_size, np.int32),  # grids must fit every step of the bucket
-    }
-
-
-def _layout(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
-    """Word offset and shape of each array in the block, and the block's words."""
-    layout = {}
-    offset = 0
-    for name, shape in shapes.items():
-        if name in _HOST_SCALARS:
-            continue
-        layout[name] = (offset, shape)
-        offset += -(-int(np.prod(shape)) // _BORDER_WORDS) * _BORDER_WORDS
-    return layout, offset
-
-
-def _fill(host: NDArray[np.int32], layout: Mapping[str, tuple[int, tuple[int, ...]]], arrays: Arrays) -> None:
-    for name, (offset, _) in layout.items():
-        words = np.ascontiguousarray(arrays[name]).view(np.int32).reshape(-1)
-        host[offset : offset + words.size] = words
-
-
-def _views(block: Buffer, layout: Mapping[str, tuple[int, tuple[int, ...]]], arrays: Arrays) -> list[Buffer]:
-    """The graph's inputs in order: views into the block, and host scalars."""
-    inputs = []
-    for name in INPUT_NAMES:
-        if name in _HOST_SCALARS:
-            inputs.append(Buffer.from_numpy(np.array(arrays[name], np.int32)))
-            continue
-        offset, shape = layout[name]
-        words = block[offset : offset + int(np.prod(shape))]
-        inputs.append(words.view(DType.from_numpy(arrays[name].dtype), list(shape)))
-    return inputs
+def _write_step(target: Mapping[str, NDArray[Any]], arrays: Arrays, requests: int) -> None:
+    """Write a decode step and its padding into a bucket's host memory; what never changes was written once."""
+    table = arrays["page_table"]
+    # Columns past a request's pages are never read, so old page ids may stay there.
+    target["page_table"][:requests, : table.shape[1]] = table
+    if requests == len(target["seq_lens"]):
+        for name in _PER_REQUEST:
+            target[name][:] = arrays[name]
+        return
+    for name in _PER_REQUEST:
+        target[name][:requests] = arrays[name]
+        target[name][requests:] = _PADDING.get(name, 0)
+    target["page_table"][requests:, 0] = 0  # the scratch page

@@ -14,16 +14,16 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mili.admission import RequestLimits, bad_word_ids, derived_seed
-from mili.batch import ForwardBatch
 from mili.cache import KVCache
 from mili.completion import token_logprobs
 from mili.config import EngineConfig, ModelConfig
 from mili.counters import Counters
 from mili.errors import ConfigError, MiliError, RequestError
+from mili.flight import Flight
 from mili.grammar import GrammarCompiler
 from mili.outputs import FinishReason, RequestOutput
-from mili.request import Request, ScheduledRequest
-from mili.request_group import Child, RequestGroup, sampling_batch
+from mili.request import Request
+from mili.request_group import Child, RequestGroup, launch
 from mili.sampling_params import SamplingParams
 from mili.scheduler import Scheduler
 from mili.tokenizer import Tokenizer
@@ -72,6 +72,7 @@ class Engine:
         self._groups: dict[str, RequestGroup] = {}
         self._children: dict[Request, Child] = {}  # the unfinished ones
         self._counters = Counters()
+        self._flight: Flight | None = None  # submitted and not taken in
         self._ids = itertools.count()
         self._num_added = 0
         self._clock_offset = time.time() - time.monotonic()
@@ -127,20 +128,20 @@ class Engine:
         and `take` raises it for them; the others go on.
         KeyboardInterrupt and its like end them too, and then leave this method.
         """
-        # --8<-- [start:step]
         failed = self._advance_grammars()
-        plan = self._scheduler.schedule()
+        # --8<-- [start:step]
+        flight, self._flight = self._flight, None  # the step that was enqueued while the one before it was running
+        if flight is None or not flight.drop_finished():
+            flight = None
+        plan = self._scheduler.schedule() if flight is None else flight.plan
+        children = [self._children[request] for request, _ in plan]
         if not plan:
             return Progress([], failed)
-        children = [self._children[request] for request, _ in plan]
         try:
-            now = self._now()
-            for child in children:
-                if child.group.first_scheduled_time is None:
-                    child.group.first_scheduled_time = now
-            batch = ForwardBatch.build(plan, self._cache.page_size)
-            output = self._runner.execute(batch, sampling_batch(batch, children))
-            advanced, finished, stats = self._take_in(plan, children, batch, output)
+            flight = flight or launch(plan, children, self._runner, self._cache.page_size, self._now())
+            if self._runner.looks_ahead:  # the device has the next step before the host waits for this one
+                self._flight = flight.follow_up(self._runner, self._scheduler)
+            advanced, finished, stats = self._take_in(flight, children, flight.pending.fetch())
             return Progress(advanced, failed + finished, stats)
         # --8<-- [end:step]
         except Exception as error:
@@ -200,6 +201,7 @@ class Engine:
         """End every request and free the device."""
         for request_id in list(self._groups):
             self.abort(request_id)
+        self._flight = None
         self._grammars.close()
         self._runner.close()
 
@@ -211,16 +213,14 @@ class Engine:
         failed = (self._fail([child], e) for child, e in zip(children, errors, strict=True) if e is not None)
         return list(itertools.chain.from_iterable(failed))
 
-    def _take_in(
-        self, plan: list[ScheduledRequest], children: list[Child], batch: ForwardBatch, output: "StepOutput"
-    ) -> Progress:
+    def _take_in(self, flight: Flight, children: list[Child], output: "StepOutput") -> Progress:
         """Hand the sampled tokens to the scheduler, then to the completions."""
         now = self._now()
-        rows: list[int] = batch.sample_rows.tolist()
-        tokens: list[int] = output.token_ids[batch.sample_rows].tolist()
-        received = self._scheduler.record(plan, tokens)
-        if len(rows) < len(batch.logit_owners):
-            for row, (index, kind, position) in enumerate(batch.logit_owners):
+        rows = flight.rows
+        tokens: list[int] = output.token_ids[rows].tolist()
+        received = self._scheduler.record(flight.plan, tokens)
+        if len(rows) < len(flight.batch.logit_owners):
+            for row, (index, kind, position) in enumerate(flight.batch.logit_owners):
                 if kind == "prompt":
                     children[index].keep_prompt_logprobs(output, row, position, self._tokenizer)
         advanced: dict[str, None] = {}  # a set in order
@@ -249,7 +249,7 @@ class Engine:
                 group.finished_time = now
                 finished.append(group.id)
         self._counters.generation_tokens += len(tokens)
-        return Progress(list(advanced), finished, StepStats(len(batch.token_ids), latencies))
+        return Progress(list(advanced), finished, StepStats(sum(num_new for _, num_new in flight.plan), latencies))
 
     def _receive(self, child: Child, output: "StepOutput", row: int, token: int) -> None:
         """Turn a completion's next token into text; it may end with it."""

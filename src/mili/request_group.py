@@ -5,16 +5,20 @@ It gathers; it decides nothing. Invariant: it is finished exactly when all of it
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mili.batch import ForwardBatch
 from mili.completion import Completion, token_logprobs
+from mili.flight import Flight
 from mili.grammar import GrammarCompiler, GrammarState
 from mili.outputs import RequestMetrics, RequestOutput, TokenLogprobs
-from mili.request import Request
+from mili.request import Request, ScheduledRequest
 from mili.sampling import SamplerState, SamplingBatch, SamplingRow
 from mili.sampling_params import SamplingParams
 from mili.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # for its type only: importing the runner imports MAX
+    from mili.runner import Runner
 
 
 @dataclass(eq=False, slots=True)
@@ -104,8 +108,21 @@ class RequestGroup:
         )
 
 
-def sampling_batch(batch: ForwardBatch, children: Sequence[Child]) -> SamplingBatch:
-    """The rows of `batch`, whose plan has one request of each of `children`; a row is made of its child alone."""
+def launch(
+    plan: list[ScheduledRequest], children: Sequence[Child], runner: "Runner", page_size: int, now: float
+) -> Flight:
+    """Submit the step of `plan`, which has one request of each of `children`."""
+    for child in children:
+        if child.group.first_scheduled_time is None:
+            child.group.first_scheduled_time = now
+    batch = ForwardBatch.build(plan, page_size)
+    sampling = _sampling_batch(batch, children)
+    is_steady = all(child.sampler.is_steady and child.grammar is None for child in children)
+    return Flight(plan, batch.sample_rows.tolist(), batch, sampling, runner.submit(batch, sampling), is_steady)
+
+
+def _sampling_batch(batch: ForwardBatch, children: Sequence[Child]) -> SamplingBatch:
+    """The rows of `batch`; each is made of its child alone."""
     rows = []
     for index, kind, position in batch.logit_owners:
         child = children[index]

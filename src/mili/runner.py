@@ -21,16 +21,21 @@ from mili import runtime_threads
 from mili.batch import ForwardBatch
 from mili.compiler import Target, compiled_step
 from mili.config import EngineConfig, ModelConfig
-from mili.device_graphs import DecodeGraphs, upload
+from mili.device_graphs import DecodeGraphs
 from mili.errors import ConfigError
-from mili.memory import MemoryPlan, host_memory, plan_memory
+from mili.memory import LOGIT_ROWS, MemoryPlan, host_memory, plan_memory
 from mili.models.loading import load_weights
 from mili.models.qwen3 import INPUT_NAMES
 from mili.models.rope import rope_table
 from mili.ops.attention import kv_cache_shapes
 from mili.sampling import SamplingBatch
+from mili.transfers import Landing, Landings, upload
 
-__all__ = ["Runner", "StepOutput", "device_memory", "resolve_device"]
+__all__ = ["PendingStep", "Runner", "StepOutput", "device_memory", "resolve_device"]
+
+_SCALARS = ("max_query_len", "max_seq_len")  # which a replay does not need
+_OF_BATCH = tuple(name for name in INPUT_NAMES if hasattr(ForwardBatch, name) and name not in _SCALARS)
+_OF_SAMPLING = tuple(name for name in INPUT_NAMES if hasattr(SamplingBatch, name))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +47,28 @@ class StepOutput:
     ranks: NDArray[np.int32]  # [R] 1 for the likeliest
     top_ids: NDArray[np.int32]  # [R, 20] likeliest first, -1 past the row's num_logprobs
     top_logprobs: NDArray[np.float32]  # [R, 20]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingStep:
+    """A submitted step."""
+
+    rows: int  # of logits
+    wanted: int  # leading outputs that are fetched, the others are zeros
+    outputs: list[Buffer]  # on the device, with `rows` rows or more
+    landing: Landing | None = None  # where they are copied to; None on the CPU, where there is nothing to wait for
+    read: object = None  # by copies into the step; kept until it is over
+
+    def fetch(self) -> StepOutput:
+        """Wait until the step is over and return its results."""
+        rows, wanted = self.rows, self.wanted
+        if self.landing is None:
+            fetched = [output.to_numpy()[:rows] for output in self.outputs[:wanted]]
+        else:
+            self.landing.wait()
+            fetched = self.landing.results(rows, wanted)
+        shapes = [(output.dtype.to_numpy(), (rows, *output.shape[1:])) for output in self.outputs[wanted:]]
+        return StepOutput(*fetched, *(np.zeros(shape, dtype) for dtype, shape in shapes))
 
 
 class Runner:
@@ -80,56 +107,68 @@ class Runner:
         self._fixed = [Buffer.from_numpy(table).to(self.device), *self._caches]
         self.device.synchronize()  # the upload reads the table until then
         self._threads = runtime_threads.of_process()
+        self._landings = None if on_cpu else Landings(self.device, engine.max_num_seqs + LOGIT_ROWS)
         self._graphs: DecodeGraphs | None = None
         if not on_cpu and not engine.enforce_eager:
             self._graphs = DecodeGraphs(self._model, self.device, self._fixed, engine.page_size)
         self.startup_seconds = {"compile": compiled_at - started, "load": time.perf_counter() - compiled_at}
 
-    def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> StepOutput:
-        """Run one step: write the batch's keys and values to the cache, sample one token per row of logits.
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `submit` takes `after`: a step's tokens can feed the next one without visiting the host."""
+        return self._graphs is not None
 
-        Arrays of log-probabilities that no row asked for are not copied from the device; they are zeros.
+    def submit(self, batch: ForwardBatch, sampling: SamplingBatch, after: "PendingStep | None" = None) -> "PendingStep":
+        """Enqueue one step: write the batch's keys and values to the cache, sample one token per row of logits.
+
+        On the CPU the step is over when this returns.
+
+        Args:
+            batch: What to compute; its arrays are read before this returns, and so are those of `sampling`.
+            sampling: How to sample; one row for each of the batch's rows of logits.
+            after: The step submitted last, whose sampled tokens are this one's token ids, row by row; those in `batch`
+                are not read. This one is a plain decode step (see `DecodeGraphs`), and `looks_ahead` is true.
+
+        Returns:
+            The step. It cannot be fetched any more once the second one after it is submitted.
         """
-        arrays: dict[str, NDArray[Any]] = {
-            "max_query_len": np.array(batch.max_query_len, np.int32),
-            "max_seq_len": np.array(batch.max_seq_len, np.int32),
-        }
-        for name in INPUT_NAMES:
-            if name not in arrays:
-                arrays[name] = getattr(batch if hasattr(batch, name) else sampling, name)
-        rows = len(batch.logit_rows)
-        wants_logprobs = bool((sampling.ints[:, 1] >= 0).any())
+        arrays: dict[str, NDArray[Any]] = {name: getattr(batch, name) for name in _OF_BATCH}
+        arrays |= {name: getattr(sampling, name) for name in _OF_SAMPLING}
+        rows, wanted = len(batch.logit_rows), 5 if sampling.ints[:, 1].max() >= 0 else 1
         with self._threads.working(self, on_cpu=self.device.is_host):
-            return StepOutput(*self._run(arrays, rows, 5 if wants_logprobs else 1))
+            if self._landings is None:
+                arrays |= {name: getattr(batch, name) for name in _SCALARS}
+                # As buffers, because execute() takes some 0.2 ms to find out what a bare array is.
+                inputs = [Buffer.from_numpy(arrays[name]) for name in INPUT_NAMES]
+                return PendingStep(rows, wanted, self._model.execute(*inputs, *self._fixed))
+            landing = self._landings.next()
+            outputs: list[Buffer] | None = None
+            read: Any = None if after is None else after.outputs[0]
+            if self._graphs is not None:
+                outputs = self._graphs.submit(arrays, self._landings.turn, read)
+            assert outputs is not None or after is None, "only a plain decode step can follow another"
+            if outputs is None:
+                arrays |= {name: getattr(batch, name) for name in _SCALARS}
+                inputs, read = upload(arrays, self.device)
+                outputs = self._model.execute(*inputs, *self._fixed)
+            landing.copy(outputs[:wanted], rows)
+            return PendingStep(rows, wanted, outputs, landing, read)
+
+    def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> StepOutput:
+        """Run one step and wait for it."""
+        return self.submit(batch, sampling).fetch()
 
     def rest(self) -> None:
         """Nothing is left to compute for now: let the runtime's threads sleep until the next `execute`."""
         self._threads.rest(self)
 
-    def _run(self, arrays: dict[str, NDArray[Any]], rows: int, wanted: int) -> list[NDArray[Any]]:
-        """Execute and fetch the first `rows` rows of the first `wanted` outputs; zeros for the others."""
-        block = None
-        if self.device.is_host:
-            # As buffers, because execute() takes some 0.2 ms to find out what a bare array is.
-            inputs = [Buffer.from_numpy(arrays[name]) for name in INPUT_NAMES]
-            outputs = self._model.execute(*inputs, *self._fixed)
-        else:
-            replayed = self._graphs.run(arrays) if self._graphs else None
-            if replayed is None:
-                inputs, block = upload(arrays, self.device)
-                replayed = self._model.execute(*inputs, *self._fixed)
-            outputs = replayed
-        fetched = [output.to(CPU()).to_numpy()[:rows] for output in outputs[:wanted]]
-        del block  # the upload read it until the results were here
-        shapes = [(output.dtype.to_numpy(), (rows, *output.shape[1:])) for output in outputs[wanted:]]
-        return fetched + [np.zeros(shape, dtype) for dtype, shape in shapes]
-
     def close(self) -> None:
         """Free the device memory; the runner cannot be used afterwards."""
         self.rest()
+        self.device.synchronize()
         if self._graphs:
             self._graphs.close()
-        for name in ("_graphs", "_model", "_caches", "_fixed", "_weights"):
+        for name in ("_graphs", "_landings", "_model", "_caches", "_fixed", "_weights"):
             self.__dict__.pop(name, None)
 
 

@@ -151,6 +151,11 @@ class SamplerState:
         for token_id in repeated:
             self._values[self._places[token_id], 1] = self._repetition
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether the rows of all later draws are the next one's but for their position, whatever is drawn."""
+        return not (self._penalises or self._bad_words or self._places or self._num_output < self._min_tokens)
+
     def append(self, token_id: int) -> None:
         """Takes note of the next token of the output."""
         self._position += 1

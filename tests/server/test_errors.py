@@ -351,8 +351,8 @@ async def call_and_leave(app: Any, path: str, body: dict[str, Any], after: int) 
 )
 def test_a_client_that_leaves_takes_its_request_with_it(make_api, path, fields, after):
     api = make_api()
-    plain = api.fake.execute
-    api.fake.execute = lambda *args: (time.sleep(0.005), plain(*args))[1]
+    plain = api.fake.submit
+    api.fake.submit = lambda *args, **options: (time.sleep(0.005), plain(*args, **options))[1]
     body = {**(chat() if path == CHAT else completion()), "ignore_eos": True, **fields}
 
     async def main() -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ not with its random bits.
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +32,21 @@ class FakeStep:
 
 
 @dataclass
+class FakePending:
+    """A submitted step of a fake runner."""
+
+    number: int
+    runner: "FakeRunner"
+    step: FakeStep | None  # None if it fails
+
+    def fetch(self) -> FakeStep:
+        assert self.runner.num_steps - self.number < 2, "its results have been overwritten"
+        if self.step is None:
+            raise self.runner.error
+        return self.step
+
+
+@dataclass
 class FakeRunner:
     """`next_token`, if given, names the token that the logits favour by far; otherwise they are pseudo-random."""
 
@@ -47,7 +62,9 @@ class FakeRunner:
     memory: MemoryPlan | None = None
     closed: bool = False
     startup_seconds: dict[str, float] = field(default_factory=dict)
+    looks_ahead: bool = False  # whether a step may be submitted behind one that was not fetched
     num_steps: int = 0
+    num_follow_ups: int = 0
     batches: list[ForwardBatch] = field(default_factory=list)
     prefills: list[list[int]] = field(default_factory=list)  # what a request held when several tokens were added to it
 
@@ -55,15 +72,35 @@ class FakeRunner:
         self.held = np.full(self.num_pages * self.page_size, -1, dtype=np.int32)  # [slots]
 
     def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> FakeStep:
-        """One step; checks on the way that no slot is written twice and that the scratch page stays unused."""
+        """One step, waited for."""
+        return self.submit(batch, sampling).fetch()
+
+    def submit(self, batch: ForwardBatch, sampling: SamplingBatch, after: FakePending | None = None) -> FakePending:
+        """One step, computed at once as a device does in order of submission, and told when it is fetched.
+
+        Checks on the way that no slot is written twice, and the scratch page by padding only.
+        """
         assert not self.closed
         self.num_steps += 1
         self.batches.append(batch)
-        assert len(set(batch.slots.tolist())) == len(batch.slots), "two tokens are written to one slot"
-        assert batch.slots.min() >= self.page_size, "a token is written to the scratch page"
+        is_padding = np.zeros(len(batch.slots), bool)
+        if after is not None:
+            assert self.looks_ahead and after.number == self.num_steps - 1
+            self.num_follow_ups += 1
+            sampled = np.zeros(len(batch.token_ids), np.int32) if after.step is None else after.step.token_ids.copy()
+            assert len(batch.token_ids) == len(batch.seq_lens) == len(sampled)
+            batch = replace(batch, token_ids=sampled)  # those in the batch are not read
+            is_padding = batch.slots == 0
+            assert (batch.page_table[is_padding] == 0).all()
+            assert (batch.seq_lens[is_padding] == 1).all()
+        slots = batch.slots[~is_padding]
+        assert len(set(slots.tolist())) == len(slots), "two tokens are written to one slot"
+        assert slots.min() >= self.page_size, "a token is written to the scratch page"
         self.held[batch.slots] = batch.token_ids
-        if self.num_steps in self.fail_at:
-            raise self.error
+        failed = self.num_steps in self.fail_at
+        return FakePending(self.num_steps, self, None if failed else self._compute(batch, sampling))
+
+    def _compute(self, batch: ForwardBatch, sampling: SamplingBatch) -> FakeStep:
         num_rows = len(batch.logit_rows)
         step = FakeStep(
             np.zeros(num_rows, np.int32),

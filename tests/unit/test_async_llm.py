@@ -30,8 +30,8 @@ def llm(runners):
 
 
 def slow_down(runner, monkeypatch, seconds=0.005):
-    plain = runner.execute
-    monkeypatch.setattr(runner, "execute", lambda *args: (time.sleep(seconds), plain(*args))[1])
+    plain = runner.submit
+    monkeypatch.setattr(runner, "submit", lambda *args, **options: (time.sleep(seconds), plain(*args, **options))[1])
 
 
 async def read(llm, prompt, params, request_id=None):

@@ -43,7 +43,7 @@ def test_a_mixed_batch() -> None:
     assert batch.logit_rows.tolist() == [0, 6]
     assert batch.logit_owners == [(0, "sample", 10), (1, "sample", 6)]
     assert batch.sample_rows.tolist() == [0, 1]
-    assert (batch.max_query_len, batch.max_seq_len) == (6, 10)
+    assert (int(batch.max_query_len), int(batch.max_seq_len)) == (6, 10)
 
 
 def test_every_array_is_int32_and_contiguous() -> None:

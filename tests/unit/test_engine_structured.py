@@ -113,8 +113,8 @@ def test_reasoning_is_free_and_the_answer_is_bound():
 def test_a_mask_is_part_of_the_rows_that_have_a_form_only():
     engine = make_engine(runner := FakeRunner())
     seen = []
-    execute = runner.execute
-    runner.execute = lambda batch, sampling: (seen.append(sampling), execute(batch, sampling))[1]
+    submit = runner.submit
+    runner.submit = lambda batch, sampling, **options: (seen.append(sampling), submit(batch, sampling, **options))[1]
     engine.add([1], greedy(max_tokens=2))
     engine.add([2], choosing(seed=1))
     engine.add([3] * 20, SamplingParams(prompt_logprobs=0, max_tokens=2, structured_outputs=form(regex="[ab]*")))

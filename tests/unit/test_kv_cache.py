@@ -43,6 +43,18 @@ def test_a_second_request_shares_full_pages_of_the_prefix(cache: KVCache) -> Non
     assert cache.usage == 4 / 8  # two shared, two private
 
 
+def test_a_swap_is_foretold(cache: KVCache) -> None:
+    first = compute(cache, PROMPT)
+    second = cache.acquire(PROMPT[:8])  # one page, because a token must be left to compute
+    assert cache.grow(second, 8)
+    assert not cache.would_swap(second, PROMPT[:7])
+    assert not cache.would_swap(second, [*PROMPT[:7], 99])
+    assert cache.would_swap(second, PROMPT[:8])
+    cache.commit(second, PROMPT[:8])
+    assert second.pages == first.pages[:2]
+    assert not cache.would_swap(second, PROMPT[:8])
+
+
 @pytest.mark.parametrize(("length", "num_shared"), [(1, 0), (4, 0), (5, 1), (8, 1), (9, 2), (10, 2)])
 def test_at_least_one_token_is_left_to_compute(cache: KVCache, length: int, num_shared: int) -> None:
     compute(cache, PROMPT)

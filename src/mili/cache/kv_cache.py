@@ -141,6 +141,14 @@ class KVCache:
         self._pool.free(private[: len(existing)])
         lease.node, lease.num_shared = node, last
 
+    def would_swap(self, lease: PageLease, computed_token_ids: Sequence[int]) -> bool:
+        """Whether `commit` would find that the tree has one of the pages already, as things are now."""
+        start = lease.num_shared * self.page_size
+        end = start + self.page_size
+        if not self.enable_prefix_caching or end > len(computed_token_ids):
+            return False
+        return tuple(computed_token_ids[start:end]) in lease.node.children
+
     def release(self, lease: PageLease, computed_token_ids: Sequence[int]) -> None:
         """Ends the lease: commits, frees the private pages and unlocks the shared ones, which stay cached."""
         self.commit(lease, computed_token_ids)

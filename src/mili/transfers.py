@@ -1,0 +1,129 @@
+"""How a step's arrays reach a GPU and its results come back: one copy in, one copy out for each result wanted.
+
+A step's arrays travel as one block of 32-bit words; the graph's inputs are views into it:
+
+    block    | token_ids | pad | positions | pad | slots | pad | ...        each array starts on a 256-byte border
+
+Copies are only enqueued. What they read and write on the host is page-locked memory of two sides that take turns, so
+that one step can be on its way while the one before it is taken in. Knows buffers and shapes; knows no requests.
+Invariant: everything happens in the order of the device's one queue, and a side is written again only after the device
+has gone past the step that used it last.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from max.driver import Buffer, Device, DeviceEvent, Usage
+from max.dtype import DType
+from numpy.typing import NDArray
+
+from mili.models.qwen3 import INPUT_NAMES
+
+__all__ = ["Arrays", "Landing", "Landings", "Layout", "page_locked", "upload"]
+
+Arrays = Mapping[str, NDArray[Any]]
+
+_BORDER_WORDS = 64  # 256 bytes: what a fresh allocation would be aligned to
+_HOST_SCALARS = ("max_query_len", "max_seq_len")
+_FLOATS = ("floats", "edit_values")
+_RESULTS = ((DType.int32, ()), (DType.float32, ()), (DType.int32, ()), (DType.int32, (20,)), (DType.float32, (20,)))
+
+
+class Layout:
+    """Where each of a step's arrays lies in its block."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """`shapes` are those of all inputs of a step; scalars, which stay on the host, take no room."""
+        self._shapes = shapes
+        self.offsets: dict[str, int] = {}  # in words
+        self.size = 0  # words of the block
+        for name, shape in shapes.items():
+            if name not in _HOST_SCALARS:
+                self.offsets[name] = self.size
+                self.size += -(-int(np.prod(shape)) // _BORDER_WORDS) * _BORDER_WORDS
+
+    def arrays(self, host: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+        """The arrays inside a block on the host, by name."""
+        found = {}
+        for name, offset in self.offsets.items():
+            words = host[offset : offset + int(np.prod(self._shapes[name]))]
+            found[name] = words.view(np.float32 if name in _FLOATS else np.int32).reshape(self._shapes[name])
+        return found
+
+    def inputs(self, block: Buffer, scalars: Mapping[str, int]) -> list[Buffer]:
+        """The graph's inputs in order: views into a block on the device, and host scalars."""
+        inputs = []
+        for name in INPUT_NAMES:
+            if name in _HOST_SCALARS:
+                inputs.append(Buffer.from_numpy(np.array(scalars[name], np.int32)))
+                continue
+            offset, shape = self.offsets[name], self._shapes[name]
+            words = block[offset : offset + int(np.prod(shape))]
+            inputs.append(words.view(DType.float32 if name in _FLOATS else DType.int32, list(shape)))
+        return inputs
+
+
+def upload(arrays: Arrays, device: Device) -> tuple[list[Buffer], NDArray[np.int32]]:
+    """Copy a step's arrays to the device in one block; returns the graph's inputs and the host block they come from.
+
+    The copy is asynchronous: the caller keeps the block until the step's results are on the host.
+    """
+    layout = Layout({name: arrays[name].shape for name in INPUT_NAMES})
+    host = np.zeros(layout.size, np.int32)
+    for name, view in layout.arrays(host).items():
+        view[...] = arrays[name]
+    scalars = {name: int(arrays[name]) for name in _HOST_SCALARS}
+    return layout.inputs(Buffer.from_numpy(host).to(device), scalars), host
+
+
+def page_locked(dtype: DType, shape: Sequence[int], device: Device) -> tuple[Buffer, NDArray[Any]]:
+    """Host memory that the device copies to and from on its own, and the array that shares it.
+
+    Nothing tells when a copy is over but the events of `Landings`.
+    """
+    buffer = Buffer(dtype, shape, device, Usage.STAGING | Usage.UNTRACKED)
+    return buffer, buffer.to_numpy()
+
+
+class Landing:
+    """One side's host memory for results."""
+
+    def __init__(self, device: Device, max_rows: int) -> None:
+        pairs = [page_locked(dtype, (max_rows, *shape), device) for dtype, shape in _RESULTS]
+        self._buffers = [buffer for buffer, _ in pairs]
+        self._arrays = [array for _, array in pairs]
+        self._queue = device.default_queue
+        self._event = DeviceEvent(device)
+        self._queue.record_event(self._event)
+
+    def copy(self, outputs: Sequence[Buffer], rows: int) -> None:
+        """Enqueue the copies of the first `rows` rows of the outputs, which end the step that uses this side."""
+        for output, buffer in zip(outputs, self._buffers, strict=False):
+            leading = (slice(rows), *[slice(None)] * (output.rank - 1))
+            buffer[leading].inplace_copy_from(output[leading])
+        self._queue.record_event(self._event)
+
+    def wait(self) -> None:
+        """Until the step that used this side last is over."""
+        self._event.synchronize()
+
+    def results(self, rows: int, wanted: int) -> list[NDArray[Any]]:
+        """What was copied last, after `wait`: `rows` rows of the first `wanted` outputs."""
+        return [array[:rows].copy() for array in self._arrays[:wanted]]
+
+
+class Landings:
+    """The two sides."""
+
+    def __init__(self, device: Device, max_rows: int) -> None:
+        """`max_rows` is the most rows of logits in a step."""
+        self._sides = (Landing(device, max_rows), Landing(device, max_rows))
+        self.turn = 0
+
+    def next(self) -> Landing:
+        """The side for the next step, which `turn` tells, once the step before the last is over."""
+        self.turn ^= 1
+        side = self._sides[self.turn]
+        side.wait()
+        return side

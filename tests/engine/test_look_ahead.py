@@ -1,0 +1,81 @@
+"""The GPU's side of the runner on the CPU, under a model whose captured graphs are eager calls (bundled model)."""
+
+import random
+
+import numpy as np
+import pytest
+
+from mili import LLM, SamplingParams
+from mili.device_graphs import DecodeGraphs
+from mili.transfers import Landings
+
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+SEEDED = SamplingParams(temperature=0.8, top_p=0.9, seed=11, max_tokens=40, ignore_eos=True, logprobs=3)
+SEVERAL = SamplingParams(temperature=1.0, n=3, seed=2, max_tokens=30, stop=["\n\n"])
+
+
+class Capturable:
+    """A model that "captures" by executing and "replays" by executing into the captured outputs."""
+
+    def __init__(self, model) -> None:
+        self.execute = model.execute
+        self.captured: dict[int, list] = {}
+        self.num_replays = 0
+
+    def capture(self, key, *inputs):
+        self.captured[key] = self.execute(*inputs)
+        return list(self.captured[key])
+
+    def replay(self, key, *inputs):
+        self.num_replays += 1
+        for output, value in zip(self.captured[key], self.execute(*inputs), strict=True):
+            output.to_numpy()[...] = value.to_numpy()
+
+    def release_captured_graph(self, key):
+        del self.captured[key]
+
+
+def make_llm(looks_ahead: bool) -> LLM:
+    llm = LLM(device="cpu", max_num_seqs=16)
+    if looks_ahead:
+        runner = llm._loaded.engine._runner
+        runner._model = Capturable(runner._model)
+        runner._landings = Landings(runner.device, max_rows=16 + 256)
+        runner._graphs = DecodeGraphs(runner._model, runner.device, runner._fixed, page_size=16)
+        assert runner.looks_ahead
+    return llm
+
+
+def fingerprint(output) -> list:
+    return [(c.token_ids, c.text, c.finish_reason, c.logprobs) for c in output.outputs]
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED, SEVERAL], ids=["greedy", "seeded", "several"])
+def test_outputs_are_those_of_one_step_at_a_time(params: SamplingParams) -> None:
+    draw = random.Random(3)
+    prompts = [[draw.randrange(8000) for _ in range(length)] for length in (1, 5, 15, 16, 17, 64, 100, 3, 33, 31)]
+    with make_llm(False) as llm:
+        expected = [fingerprint(output) for output in llm.generate(prompts, params, use_tqdm=False)]
+    with make_llm(True) as llm:
+        model = llm._loaded.engine._runner._model
+        for _ in range(2):  # the second time from the prefix cache
+            assert [fingerprint(o) for o in llm.generate(prompts, params, use_tqdm=False)] == expected
+        assert model.num_replays > 30
+        assert model.captured
+    assert not model.captured
+
+
+def test_padding_and_old_host_memory_do_not_show() -> None:
+    """One bucket, fed from both sides in turn by batches of different sizes and lengths."""
+    prompts = [[7] * 40, [8] * 3, [9] * 30, [10]]
+    with make_llm(False) as llm:
+        expected = [fingerprint(llm.generate([prompt], GREEDY, use_tqdm=False)[0]) for prompt in prompts]
+    with make_llm(True) as llm:
+        runner = llm._loaded.engine._runner
+        first = fingerprint(llm.generate([prompts[0]], GREEDY, use_tqdm=False)[0])
+        three = [fingerprint(output) for output in llm.generate(prompts[:3], GREEDY, use_tqdm=False)]
+        four = [fingerprint(output) for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
+        assert (first, three, four) == (expected[0], expected[:3], expected)
+        assert sorted(runner._graphs._buckets) == [(1, 16), (4, 16)]
+        arrays = runner._graphs._buckets[4, 16].arrays[0]
+        np.testing.assert_array_equal(arrays["query_starts"], range(5))
