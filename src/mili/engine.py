@@ -60,7 +60,8 @@ class Engine:
         self._eos_token_ids = model.eos_token_ids
         self._seed = config.seed
         self._cache = KVCache(runner.num_pages, config.page_size, config.enable_prefix_caching)
-        self._scheduler = Scheduler(self._cache, config.max_num_seqs, config.resolve_max_num_batched_tokens())
+        budget = config.resolve_max_num_batched_tokens(on_cpu=runner.device.is_host)
+        self._scheduler = Scheduler(self._cache, config.max_num_seqs, budget)
         if runner.max_model_len > self._scheduler.max_request_len:
             raise ConfigError(
                 f"the KV cache holds {self._scheduler.max_request_len - 1} tokens, too few for one request of "
@@ -131,7 +132,7 @@ class Engine:
         failed = self._advance_grammars()
         # --8<-- [start:step]
         flight, self._flight = self._flight, None  # the step that was enqueued while the one before it was running
-        if flight is None or not flight.drop_finished():
+        if flight is not None and not flight.drop_finished():
             flight = None
         plan = self._scheduler.schedule() if flight is None else flight.plan
         children = [self._children[request] for request, _ in plan]

@@ -85,8 +85,10 @@ class Flight:
                 shares_pages = True
             rows.append(row)
             plan.append(ScheduledRequest(request, 1))
-        if 2 * len(plan) <= num_rows or (scheduler.waiting and len(plan) < scheduler.max_num_seqs):
-            return None  # a smaller batch will do, or somebody may be admitted
+        if scheduler.waiting and len(plan) < scheduler.max_num_seqs:
+            return None  # somebody may be admitted
+        if not plan or (len(plan) - 1).bit_length() < (num_rows - 1).bit_length():
+            return None  # nobody is left, or batches of half the size will do: they are padded to powers of two
         batch = self._next_batch(rows, moved, page_size)
         ints = self.sampling.ints.copy()
         ints[:, 5] += 1  # the random streams are keyed by the position drawn

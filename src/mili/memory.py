@@ -67,9 +67,9 @@ def kv_bytes_per_token(model: ModelConfig, dtype: str) -> int:
     return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * _itemsize(dtype)
 
 
-def activation_bytes(model: ModelConfig, engine: EngineConfig) -> int:
+def activation_bytes(model: ModelConfig, engine: EngineConfig, *, on_cpu: bool) -> int:
     """Upper bound of what one full step needs beside weights and cache: every temporary of a layer counted as live."""
-    tokens = engine.resolve_max_num_batched_tokens()
+    tokens = engine.resolve_max_num_batched_tokens(on_cpu=on_cpu)
     rows = min(tokens, engine.max_num_seqs + LOGIT_ROWS)
     heads = 3 * model.num_attention_heads + 2 * model.num_key_value_heads  # q twice, its result, k and v
     per_token = 4 * model.hidden_size + heads * model.head_dim + 3 * model.intermediate_size
@@ -90,7 +90,7 @@ def plan_memory(
     dtype = engine.resolve_dtype(model)
     max_model_len = engine.resolve_max_model_len(model)
     weights = weight_bytes(model, dtype, on_cpu=on_cpu)
-    activations = activation_bytes(model, engine) + (0 if on_cpu else GPU_RESERVE_BYTES)
+    activations = activation_bytes(model, engine, on_cpu=on_cpu) + (0 if on_cpu else GPU_RESERVE_BYTES)
     per_token = kv_bytes_per_token(model, dtype)
     page_bytes = per_token * engine.page_size
     one_request = (-(-max_model_len // engine.page_size) + 1) * page_bytes  # and the scratch page

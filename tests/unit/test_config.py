@@ -258,8 +258,10 @@ def test_devices(device: str, kind: str, number: int) -> None:
 
 
 def test_token_budget_covers_the_running_requests() -> None:
-    assert EngineConfig().resolve_max_num_batched_tokens() == 2048
-    assert EngineConfig(max_num_seqs=4096).resolve_max_num_batched_tokens() == 4096
+    assert EngineConfig().resolve_max_num_batched_tokens(on_cpu=True) == 2048
+    assert EngineConfig().resolve_max_num_batched_tokens(on_cpu=False) == 8192
+    assert EngineConfig(max_num_seqs=4096).resolve_max_num_batched_tokens(on_cpu=True) == 4096
+    assert EngineConfig(max_num_batched_tokens=100).resolve_max_num_batched_tokens(on_cpu=False) == 100
     with pytest.raises(ConfigError, match=r"max_num_batched_tokens 8 .* max_num_seqs 16"):
         EngineConfig(max_num_seqs=16, max_num_batched_tokens=8)
 

@@ -109,7 +109,7 @@ def test_no_step_goes_ahead_of_somebody_who_may_be_admitted():
     assert all(len(output.outputs[0].token_ids) == 20 for output in outputs.values())
 
 
-def test_rows_of_the_ended_are_padding_until_half_are_left():
+def test_rows_of_the_ended_are_padding_until_a_smaller_batch_will_do():
     runner = ahead(num_pages=200)
     work = [([index + 1] * 5, greedy(max_tokens=10 + 4 * index, ignore_eos=True)) for index in range(8)]
     outputs = serve(runner, work)

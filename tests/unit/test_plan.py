@@ -79,7 +79,7 @@ def test_cpu_default_is_modest(tmp_path: Path) -> None:
     room = (
         8 * GIB
         - weight_bytes(config, "bfloat16", on_cpu=True)
-        - activation_bytes(config, EngineConfig(max_model_len=4096))
+        - activation_bytes(config, EngineConfig(max_model_len=4096), on_cpu=True)
     )
     assert 0.39 * room < plan(config, 8 * GIB, max_model_len=4096).kv_bytes <= 0.4 * room
     one = plan(config, 64 * GIB)  # one request of 40960 tokens is more than the default

@@ -12,7 +12,7 @@ from mili.errors import ConfigError
 
 ENGINE_DTYPES = ("auto", "bfloat16", "float32")
 MAX_PAGE_SIZE = 256
-DEFAULT_NUM_BATCHED_TOKENS = 2048
+DEFAULT_NUM_BATCHED_TOKENS = {"cpu": 2048, "gpu": 8192}  # a GPU needs thousands of rows to be busy
 _DEVICE = re.compile(r"auto|cpu|(?:gpu|cuda)(?::(\d+))?")
 
 
@@ -105,6 +105,7 @@ class EngineConfig:
             )
         return self.max_model_len
 
-    def resolve_max_num_batched_tokens(self) -> int:
+    def resolve_max_num_batched_tokens(self, *, on_cpu: bool) -> int:
         """Token budget of one step."""
-        return self.max_num_batched_tokens or max(DEFAULT_NUM_BATCHED_TOKENS, self.max_num_seqs)
+        default = DEFAULT_NUM_BATCHED_TOKENS["cpu" if on_cpu else "gpu"]
+        return self.max_num_batched_tokens or max(default, self.max_num_seqs)
