@@ -5,6 +5,7 @@ device, logits never leave it, and one step moves only the arrays of a `ForwardB
 tokens with their log-probabilities out.
 """
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from mili.transfers import Landing, Landings, upload
 
 __all__ = ["PendingStep", "Runner", "StepOutput", "device_memory", "resolve_device"]
 
+# MAX page-locks a pool of host memory when some is first asked for; 0.7 GB and half a second unless told otherwise.
+_HOST_POOL_BYTES = 64 << 20
 _SCALARS = ("max_query_len", "max_seq_len")  # which a replay does not need
 _OF_BATCH = tuple(name for name in INPUT_NAMES if hasattr(ForwardBatch, name) and name not in _SCALARS)
 _OF_SAMPLING = tuple(name for name in INPUT_NAMES if hasattr(SamplingBatch, name))
@@ -174,6 +177,7 @@ class Runner:
 
 def resolve_device(engine: EngineConfig) -> Device:
     """The device the options name; "auto" is the first GPU if there is one. Raises ConfigError if it is not there."""
+    os.environ.setdefault("MODULAR_DEVICE_CONTEXT_HOST_MEMORY_MANAGER_SIZE", str(_HOST_POOL_BYTES))
     count = driver.accelerator_count()
     if engine.device_kind == "cpu" or (engine.device_kind == "auto" and count == 0):
         return CPU()
