@@ -7,8 +7,9 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-from mili import scheduler
+from mili import flight, request_group, scheduler
 from mili.cache import kv_cache, page_pool, radix_tree
+from support.engine_machine import EngineMachine
 from support.kv_cache_machine import KVCacheMachine
 from support.mutants import copy_with, mutant
 from support.radix_tree_machine import RadixTreeMachine
@@ -103,6 +104,15 @@ SCHEDULER_BUGS = {
     "no room for growth": (scheduler, "not self._make_room(request, lease, num_tokens)", "False"),
 }
 
+FLIGHT_BUGS = {
+    "draw twice from one place of the random stream": ("ints[:, 5] += 1", "pass"),
+    "leave the ended where they were": ("positions[is_padding] = 0", "pass"),
+    "forget the page that begins": ("num_tokens % page_size == 1 or page_size == 1", "False"),
+    "grow too late": ("not cache.grow(lease, num_tokens)", "not cache.grow(lease, num_tokens - 1)"),
+    "hand tokens to the ended": ("if not request.finished]", "]"),
+    "repeat the position": ("seq_lens=positions + np.int32(1)", "seq_lens=positions"),
+}
+
 
 def must_be_found(machine: type[RuleBasedStateMachine]) -> None:
     with pytest.raises((AssertionError, IndexError, ValueError, KeyError)):
@@ -128,6 +138,12 @@ def test_radix_tree_machine_finds(bug: str) -> None:
 @pytest.mark.parametrize("bug", SCHEDULER_BUGS)
 def test_scheduler_machine_finds(bug: str) -> None:
     must_be_found(type("Machine", (SchedulerMachine,), {"scheduler_class": mutant(*SCHEDULER_BUGS[bug]).Scheduler}))
+
+
+@pytest.mark.parametrize("bug", FLIGHT_BUGS)
+def test_engine_machine_finds(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_group, "Flight", mutant(flight, *FLIGHT_BUGS[bug]).Flight)
+    must_be_found(EngineMachine)
 
 
 def test_the_machines_accept_an_unchanged_copy() -> None:

@@ -179,7 +179,8 @@ def run_one(engine, prompt, params):
 def test_pages_swapped_within_one_step_are_looked_up_again():
     params = SamplingParams(n=3, seed=5, max_tokens=40, ignore_eos=True)
     runner = ahead(num_pages=40)
-    work = [(list(range(16)), params), (list(range(100, 140)), params)]
+    # Three times the same page, computed in one step: two are given back, and the other request's growth takes one.
+    work = [(list(range(16)), params), (list(range(100, 120)), greedy(max_tokens=30, ignore_eos=True))]
     assert serve(runner, work) == serve(FakeRunner(num_pages=40), work)
     assert runner.num_follow_ups > 30
 
