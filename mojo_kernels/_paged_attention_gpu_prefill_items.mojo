@@ -1,0 +1,117 @@
+"""Which query rows a block of the prefill kernel attends, and in which order.
+
+An item is a tile of query rows of one request and KV head. Its cost is its number of key tiles, the level: items are in order of
+level, from the most tiles down, and within a level by request, tile and head. No list of them exists: a warp counts, for a level,
+the items of all requests, a lane a request. Decode requests, of one token, have no items.
+"""
+
+from ._paged_attention_gpu_prefill_parts import ROWS, TILE
+from ._prelude import *
+from max.gpu import grid_dim
+
+
+@fieldwise_init
+struct _Item(TrivialRegisterPassable):
+    """A tile of query rows of one request and KV head."""
+
+    var request: Int
+    var first_token: Int  # of the request, in the batch
+    var first_row: Int  # of the tile, in the request
+    var last_row: Int  # in the tile
+    var first_position: Int  # of the request's first token
+    var tiles: Int  # of keys; 0 after the last item
+    var kv_head: Int
+
+
+@always_inline
+def _reaching(level: Int, r: Int, query_starts: Ptr[DType.int32], seq_lens: Ptr[DType.int32], group: Int) -> Int:
+    """How many tiles of query rows of request r have `level` tiles of keys or more."""
+    var begin = Int(query_starts[unsafe_offset=r])
+    var tokens = Int(query_starts[unsafe_offset=r + 1]) - begin
+    var first_position = Int(seq_lens[unsafe_offset=r]) - tokens
+    var row = max((level - 1) * TILE - first_position, 0) * group
+    if tokens < 2 or row >= tokens * group:
+        return 0
+    return ceildiv(tokens * group, ROWS) - row // ROWS
+
+
+@always_inline
+def _top(
+    below: Int,
+    r: Int,
+    query_starts: Ptr[DType.int32],
+    seq_lens: Ptr[DType.int32],
+    group: Int,
+    group_inverse: UInt64,
+) -> Int:
+    """The largest number of key tiles under `below` that a tile of request r has."""
+    var begin = Int(query_starts[unsafe_offset=r])
+    var tokens = Int(query_starts[unsafe_offset=r + 1]) - begin
+    var seq_len = Int(seq_lens[unsafe_offset=r])
+    var least = seq_len - tokens + Int((UInt64(min(ROWS, tokens * group) - 1) * group_inverse) >> 32)
+    return 0 if tokens < 2 or least // TILE + 1 >= below else min(below - 1, ceildiv(seq_len, TILE))
+
+
+@always_inline
+def _find(
+    round: Int,
+    mut level: Int,
+    mut above: Int,
+    query_starts: Ptr[DType.int32],
+    seq_lens: Ptr[DType.int32],
+    num_requests: Int32,
+    kv_heads: Int,
+    group: Int,
+    group_inverse: UInt64,
+) -> _Item:
+    """The block's item of a round: items are dealt longest first, forth and back over the blocks.
+
+    All lanes of a warp call it, round by round from 0 on. It keeps in `level` how many tiles of keys the items have that it
+    is at, 0 before the first, and in `above` how many items have more.
+    """
+    var lane = lane_id()
+    var blocks = grid_dim.x
+    var index = round * blocks + (blocks - 1 - block_idx.x if round & 1 else block_idx.x)
+    while True:
+        var count = Int32(0)
+        var lower = Int32(0)
+        for r in range(lane, Int(num_requests), WARP_SIZE):
+            count += Int32(_reaching(level, r, query_starts, seq_lens, group)) if level > 0 else 0
+            var below = level if level > 0 else 1 << 30
+            lower = max(lower, Int32(_top(below, r, query_starts, seq_lens, group, group_inverse)))
+        var here = Int(warp.sum(count)) * kv_heads
+        if index < here:
+            break
+        above = here
+        level = Int(warp.max(lower))
+        if level == 0:
+            return _Item(0, 0, 0, 0, 0, 0, 0)
+    var nth = Int32(UInt32(index - above) // UInt32(kv_heads))
+    var base = 0
+    while True:
+        var r = min(base + lane, Int(num_requests) - 1)
+        var count = Int32(
+            _reaching(level, r, query_starts, seq_lens, group) - _reaching(level + 1, r, query_starts, seq_lens, group)
+        ) if base + lane < Int(num_requests) else 0
+        var sum = warp.prefix_sum(count)
+        var total = warp.shuffle_idx(sum, UInt32(WARP_SIZE - 1))
+        if nth < total:
+            var owner = warp.sum(Int32(sum <= nth))
+            nth -= warp.shuffle_idx(sum - count, UInt32(owner))
+            base += Int(owner)
+            break
+        nth -= total
+        base += WARP_SIZE
+    var begin = Int(query_starts[unsafe_offset=base])
+    var rows = (Int(query_starts[unsafe_offset=base + 1]) - begin) * group
+    var first_position = Int(seq_lens[unsafe_offset=base]) - (Int(query_starts[unsafe_offset=base + 1]) - begin)
+    var first_row = (ceildiv(rows, ROWS) - _reaching(level, base, query_starts, seq_lens, group) + Int(nth)) * ROWS
+    return _Item(
+        base,
+        begin,
+        first_row,
+        min(ROWS, rows - first_row) - 1,
+        first_position,
+        level,
+        Int(UInt32(index - above) % UInt32(kv_heads)),
+    )
