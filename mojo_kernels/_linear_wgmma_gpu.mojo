@@ -3,12 +3,13 @@
 One warp issues the copies (producer), one or two warpgroups multiply (consumers); two mbarriers a stage say full and
 empty. Operand A supplies the 64 rows a wgmma takes per warpgroup, operand B its 16 to 256 columns. With many tokens A
 is x and B is w; with few tokens they swap, so that only the tokens are padded. Rows, columns and k past the end are
-zero-filled by the copy engine and guarded at the store. When tiles are fewer than multiprocessors, the blocks of a
+zero-filled by the copy engine and guarded at the store. A gated product (`GATED`) puts as many gate rows as up rows of w
+into its tile, from two copies, and stores silu(gate) * up. When tiles are fewer than multiprocessors, the blocks of a
 cluster split k: each leaves its partial tile in its own shared memory and sums a share of all of them over
 distributed shared memory, in rank order: results repeat bit for bit.
 """
 
-from ._linear_wgmma_store_gpu import PAD, store_partial, store_rows, store_swapped, sum_ranks
+from ._linear_wgmma_store_gpu import PAD, gate, store_partial, store_rows, store_swapped, sum_ranks
 from ._prelude import *
 from layout import TileTensor, row_major, stack_allocation
 from layout.coord import Coord, coord
@@ -30,6 +31,8 @@ comptime SW = TensorMapSwizzle.SWIZZLE_128B
 comptime TILE_GROUP = 8  # A tiles walked side by side, so that concurrent blocks share both operands in L2
 comptime MAX_STAGES = 16
 
+# Rows that one copy brings: those of the whole operand, or a gate's and then its up projection's.
+comptime _BOX[ROWS: Int, HALVED: Bool] = ROWS // 2 if HALVED else ROWS
 comptime _Tma[ROWS: Int] = TMATensorTile[BF16, coord[ROWS, BK], coord[ROWS, BK]]
 
 # Two warpgroups with 256 columns hold 128 sums a thread: a whole producer warpgroup gives its registers up for them.
@@ -41,10 +44,10 @@ comptime _THREADS[GROUPS: Int, COLUMNS: Int] = 128 * GROUPS + (128 if _WIDE[GROU
 @__llvm_arg_metadata(b_tma, `nvvm.grid_constant`)
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(_THREADS[GROUPS, COLUMNS])))
 def _wgmma_kernel[
-    out_dtype: DType, has_bias: Bool, SWAP: Bool, GROUPS: Int, COLUMNS: Int
+    out_dtype: DType, has_bias: Bool, GATED: Bool, SWAP: Bool, GROUPS: Int, COLUMNS: Int
 ](
-    a_tma: _Tma[64 * GROUPS],
-    b_tma: _Tma[COLUMNS],
+    a_tma: _Tma[_BOX[64 * GROUPS, GATED and SWAP]],
+    b_tma: _Tma[_BOX[COLUMNS, GATED and not SWAP]],
     y: Ptr[out_dtype],
     bias: Ptr[BF16],
     m32: Int32,
@@ -59,7 +62,10 @@ def _wgmma_kernel[
     comptime OUTPUTS = ROWS if SWAP else COLUMNS
     comptime A_ELEMS = ROWS * BK
     comptime STAGE_ELEMS = (ROWS + COLUMNS) * BK
-    comptime A_LAYOUT = tile_layout_k_major_typed[BF16, ROWS, BK, SW]
+    comptime A_BOX = _BOX[ROWS, GATED and SWAP]
+    comptime B_BOX = _BOX[COLUMNS, GATED and not SWAP]
+    comptime A_LAYOUT = tile_layout_k_major_typed[BF16, A_BOX, BK, SW]
+    comptime B_BOX_LAYOUT = tile_layout_k_major_typed[BF16, B_BOX, BK, SW]
     comptime B_LAYOUT = tile_layout_k_major_typed[BF16, COLUMNS, BK, SW]
     comptime GROUP_LAYOUT = tile_layout_k_major_typed[BF16, 64, BK, SW]
     var smem = external_memory[Scalar[BF16], address_space=AddressSpace.SHARED, alignment=1024]()
@@ -73,8 +79,8 @@ def _wgmma_kernel[
     var k_tiles = ceildiv(Int(k32), BK)
     var k_first = k_tiles * rank // split
     var k_count = k_tiles * (rank + 1) // split - k_first
-    var a_tiles = ceildiv(N if SWAP else M, ROWS)
-    var b_tiles = ceildiv(M if SWAP else N, COLUMNS)
+    var a_tiles = ceildiv(N if SWAP else M, A_BOX)
+    var b_tiles = ceildiv(M if SWAP else N, B_BOX)
     var first = block_idx.x // split
     var stride = grid_dim.x // split
 
@@ -93,7 +99,7 @@ def _wgmma_kernel[
         var base = tile // per_group * TILE_GROUP
         var width = min(TILE_GROUP, a_tiles - base)
         var inside = tile % per_group
-        return (base + inside % width) * ROWS, inside // width * COLUMNS
+        return (base + inside % width) * A_BOX, inside // width * B_BOX
 
     if warp_id() >= 4 * GROUPS:
         comptime if _WIDE[GROUPS, COLUMNS]:
@@ -105,12 +111,21 @@ def _wgmma_kernel[
             @always_inline
             def copy[a: Bool](slot: Int, k: Int, row: Int) {imm}:
                 var stage = smem.unsafe_offset(slot * STAGE_ELEMS)
+                # A gate's up projection lies N rows further down.
                 comptime if a:
-                    a_tma.async_copy(TileTensor(stage, A_LAYOUT), full[unsafe_offset=slot], (k, row))
+                    comptime for part in range(ROWS // A_BOX):
+                        a_tma.async_copy(
+                            TileTensor(stage.unsafe_offset(part * A_BOX * BK), A_LAYOUT),
+                            full[unsafe_offset=slot],
+                            (k, row + part * N),
+                        )
                 else:
-                    b_tma.async_copy(
-                        TileTensor(stage.unsafe_offset(A_ELEMS), B_LAYOUT), full[unsafe_offset=slot], (k, row)
-                    )
+                    comptime for part in range(COLUMNS // B_BOX):
+                        b_tma.async_copy(
+                            TileTensor(stage.unsafe_offset(A_ELEMS + part * B_BOX * BK), B_BOX_LAYOUT),
+                            full[unsafe_offset=slot],
+                            (k, row + part * N),
+                        )
 
             # w does not depend on the kernel ahead: its first stages are under way before that one ends.
             var ahead = min(stages, k_count)
@@ -183,21 +198,29 @@ def _wgmma_kernel[
             if thread_idx.x % 128 == 0 and k_count > 0:
                 _ = empty[unsafe_offset=before].arrive()
             var at = origin(tile)
-            if split > 1:
+            # The halves of a swapped gate meet in shared memory only: there, a block alone is a cluster of one.
+            if split > 1 or (GATED and SWAP):
                 # All copies have landed and been read: the ring becomes the partial tile [TOKENS, OUTPUTS + PAD].
                 named_barrier[Int32(128 * GROUPS)](1)
                 var part = smem.unsafe_bitcast[Float32]()
                 store_partial[SWAP, COLUMNS, OUTPUTS](part, acc, row, column)
-                cluster_sync()
                 var token_base = at[1 if SWAP else 0]
                 var output_base = at[0 if SWAP else 1]
                 var tokens = min(TOKENS, M - token_base)
-                comptime for log in range(1, 4):
+                if split > 1:
+                    cluster_sync()
+                else:
+                    named_barrier[Int32(128 * GROUPS)](1)
+                comptime for log in range(0 if GATED and SWAP else 1, 4):
                     if split == 1 << log:
-                        sum_ranks[out_dtype, has_bias, 1 << log, OUTPUTS, 128 * GROUPS](
+                        sum_ranks[out_dtype, has_bias, GATED, 1 << log, OUTPUTS, 128 * GROUPS](
                             y, bias, UInt32(Int(smem)), rank, tokens, token_base, output_base, N
                         )
-                cluster_sync()
+                if split > 1:
+                    cluster_sync()
+            elif GATED:
+                gate[COLUMNS](acc)
+                store_rows[out_dtype, False, COLUMNS // 2](y, bias, acc, row, column, at[0], at[1], M, N)
             elif SWAP:
                 store_swapped[out_dtype, has_bias, COLUMNS](y, bias, acc, row, column, at[1], at[0], M, N)
             else:
@@ -205,7 +228,7 @@ def _wgmma_kernel[
 
 
 def linear_wgmma[
-    out_dtype: DType, has_bias: Bool, SWAP: Bool, GROUPS: Int, COLUMNS: Int
+    out_dtype: DType, has_bias: Bool, GATED: Bool, SWAP: Bool, GROUPS: Int, COLUMNS: Int
 ](
     y: Ptr[out_dtype],
     x: Ptr[BF16],
@@ -219,18 +242,24 @@ def linear_wgmma[
     max_blocks: Int,
     ctx: DeviceContext,
 ) raises:
-    """Launches at most `max_blocks` blocks, or with `split` 2, 4 or 8 a cluster of that many blocks per tile."""
+    """Launches at most `max_blocks` blocks, or with `split` 2, 4 or 8 a cluster of that many blocks per tile.
+
+    n counts the columns of y. A gated w has 2n rows, a gated and swapped launch needs a block for each tile.
+    """
     comptime ROWS = 64 * GROUPS
-    var part = (COLUMNS * (ROWS + PAD) if SWAP else ROWS * (COLUMNS + PAD)) * 4 if split > 1 else 0
+    var part = (COLUMNS * (ROWS + PAD) if SWAP else ROWS * (COLUMNS + PAD)) * 4 if split > 1 or (GATED and SWAP) else 0
     var smem = max(stages * (ROWS + COLUMNS) * BK * 2, part)
-    comptime kernel = _wgmma_kernel[out_dtype, has_bias, SWAP, GROUPS, COLUMNS]
-    var a_rows = n if SWAP else m
-    var b_rows = m if SWAP else n
+    comptime kernel = _wgmma_kernel[out_dtype, has_bias, GATED, SWAP, GROUPS, COLUMNS]
+    comptime A_BOX = _BOX[ROWS, GATED and SWAP]
+    comptime B_BOX = _BOX[COLUMNS, GATED and not SWAP]
+    var w_rows = 2 * n if GATED else n
+    var a_rows = w_rows if SWAP else m
+    var b_rows = m if SWAP else w_rows
     var a = TileTensor(w if SWAP else x, row_major(Coord(a_rows, k)))
     var b = TileTensor(x if SWAP else w, row_major(Coord(b_rows, k)))
-    var a_tma = create_tensor_tile[coord[ROWS, BK], swizzle_mode=SW](ctx, a)
-    var b_tma = create_tensor_tile[coord[COLUMNS, BK], swizzle_mode=SW](ctx, b)
-    var tiles = ceildiv(a_rows, ROWS) * ceildiv(b_rows, COLUMNS)
+    var a_tma = create_tensor_tile[coord[A_BOX, BK], swizzle_mode=SW](ctx, a)
+    var b_tma = create_tensor_tile[coord[B_BOX, BK], swizzle_mode=SW](ctx, b)
+    var tiles = ceildiv(n if SWAP else m, A_BOX) * ceildiv(m if SWAP else n, B_BOX)
     ctx.enqueue_function[kernel](
         a_tma,
         b_tma,
