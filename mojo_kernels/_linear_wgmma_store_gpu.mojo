@@ -61,13 +61,23 @@ def gate[COLUMNS: Int](acc: TileTensor[mut=True, dtype=F32, address_space=Addres
 @always_inline
 def sum_ranks[
     out_dtype: DType, has_bias: Bool, GATED: Bool, SPLIT: Int, OUTPUTS: Int, THREADS: Int
-](y: Ptr[out_dtype], bias: Ptr[BF16], part: UInt32, rank: Int, tokens: Int, token_base: Int, output_base: Int, N: Int):
+](
+    y: Ptr[out_dtype],
+    bias: Ptr[BF16],
+    own: MutPointer[Float32, _, address_space=AddressSpace.SHARED],
+    rank: Int,
+    tokens: Int,
+    token_base: Int,
+    output_base: Int,
+    N: Int,
+):
     """Writes this rank's share of a tile: the sums, in rank order, of the cluster's partial tiles.
 
     A gated tile holds OUTPUTS / 2 gates and then their up projections: y gets silu(gate) * up.
     """
     comptime HALVES = 2 if GATED else 1
     comptime QUADS = OUTPUTS // HALVES // 4
+    var part = UInt32(Int(own))
     var begin = tokens * rank // SPLIT
     var count = tokens * (rank + 1) // SPLIT - begin
     for i in range(thread_idx.x, count * QUADS, THREADS):
@@ -77,7 +87,10 @@ def sum_ranks[
         comptime for h in range(HALVES):  # all in flight before the first is used
             comptime for r in range(SPLIT):
                 var at = token * (OUTPUTS + PAD) + h * (OUTPUTS // 2) + quad
-                parts[h * SPLIT + r] = _load_peer(part + UInt32(at * 4), r)
+                comptime if SPLIT > 1:
+                    parts[h * SPLIT + r] = _load_peer(part + UInt32(at * 4), r)
+                else:
+                    parts[h] = own.unsafe_load[width=4, alignment=16](at)
         comptime for h in range(HALVES):
             comptime for r in range(1, SPLIT):
                 parts[h * SPLIT] += parts[h * SPLIT + r]
