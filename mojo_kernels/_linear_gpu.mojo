@@ -94,12 +94,28 @@ def _few_tokens[
     var tiles = ceildiv(n, 32 if GATED else 64) * ceildiv(m, COLUMNS)
     var k_tiles = ceildiv(k, 64)
     var split = 1
-    while split < 4 and 2 * split * tiles <= SMS and k_tiles >= max(32, 16 * split):
+    # Clusters of four fill only part of the multiprocessors when each block wants a whole one.
+    while split < 4 and 2 * split * tiles <= SMS // split and k_tiles >= max(32, 16 * split):
         split *= 2
     # One block a multiprocessor gets a ring as deep as fits; otherwise up to three share its memory.
     var blocks = min(ceildiv(tiles * split, SMS), 3)
     var stages = min(max(RING_BYTES // blocks // STAGE, 4), MAX_STAGES, ceildiv(k_tiles, split))
     linear_wgmma[out_dtype, has_bias, GATED, True, 1, COLUMNS](y, x, w, bias, m, n, k, split, stages, tiles, ctx)
+
+
+@always_inline
+def _many_tokens[
+    out_dtype: DType, has_bias: Bool, GATED: Bool, COLUMNS: Int
+](
+    y: Ptr[out_dtype], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m: Int, n: Int, k: Int, stages: Int, ctx: DeviceContext
+) raises:
+    """Tiles of 128 tokens by COLUMNS rows of w; with a long k, pairs of blocks load w together."""
+    comptime SMS = ctx.default_device_info.sm_count
+    # Less traffic leaves the tensor cores more of the power limit: 2 to 8% at 16384 tokens of 8B, nothing where k is short.
+    if m > 128 and k >= 4096:
+        linear_wgmma[out_dtype, has_bias, GATED, False, 2, COLUMNS, 2](y, x, w, bias, m, n, k, 1, stages, SMS, ctx)
+    else:
+        linear_wgmma[out_dtype, has_bias, GATED, False, 2, COLUMNS](y, x, w, bias, m, n, k, 1, stages, SMS, ctx)
 
 
 def _linear_tiles[
@@ -115,19 +131,33 @@ def _linear_tiles[
         _few_tokens[out_dtype, has_bias, GATED, 64](y, x, w, bias, m, n, k, ctx)
     else:
         var w_rows = 2 * n if GATED else n
-        var tiles = ceildiv(m, 128) * ceildiv(w_rows, 128)
-        if tiles < 64 or (m <= 128 and ceildiv(w_rows, 64) <= SMS):
-            _few_tokens[out_dtype, has_bias, GATED, 128](y, x, w, bias, m, n, k, ctx)
-            return
-        # Nanoseconds of a wave: a step of 64 in k, and what a tile costs besides.
         var k_tiles = ceildiv(k, 64)
-        var wide = ceildiv(ceildiv(m, 128) * ceildiv(w_rows, 256), SMS) * (k_tiles * 700 + 2400)
-        var square = ceildiv(tiles, SMS) * (k_tiles * 370 + 1400)
-        if wide < square:
-            linear_wgmma[out_dtype, has_bias, GATED, False, 2, 256](y, x, w, bias, m, n, k, 1, 4, SMS, ctx)
-        else:
-            var split = 2 if not GATED and 2 * tiles <= SMS and k_tiles >= 32 else 1
+
+        @always_inline
+        def nanoseconds[COLUMNS: Int](step: Int, tile: Int) {imm} -> Int:
+            """Estimates waves of tiles of 128 tokens by COLUMNS rows of w: a step of 64 in k, and what a tile costs besides."""
+            return ceildiv(ceildiv(m, 128) * ceildiv(w_rows, COLUMNS), SMS) * (k_tiles * step + tile)
+
+        var by_128 = nanoseconds[128](372, 1400)
+        var by_192 = nanoseconds[192](545, 1400)
+        var by_256 = nanoseconds[256](690, 2800)
+        # Half of k each for the two blocks of a cluster, where that keeps more multiprocessors busy.
+        var tiles = ceildiv(m, 128) * ceildiv(w_rows, 128)
+        var split = 2 if not GATED and 2 * tiles <= SMS and k_tiles >= 32 else 1
+        if split == 2:
+            by_128 = k_tiles // 2 * 372 + 5400
+        var best = min(by_128, min(by_192, by_256))
+        # 64 rows of w by 128 tokens, one warpgroup; k in one part or two.
+        var small = ceildiv(w_rows, 64) * ceildiv(m, 128)
+        var parts = 2 if 2 * small <= SMS and k_tiles >= 32 else 1
+        if small <= SMS and k_tiles // parts * 270 + 1200 * parts - 150 < best:
+            _few_tokens[out_dtype, has_bias, GATED, 128](y, x, w, bias, m, n, k, ctx)
+        elif best == by_128:
             linear_wgmma[out_dtype, has_bias, GATED, False, 2, 128](y, x, w, bias, m, n, k, split, 6, SMS, ctx)
+        elif best == by_192:
+            _many_tokens[out_dtype, has_bias, GATED, 192](y, x, w, bias, m, n, k, 5, ctx)
+        else:
+            _many_tokens[out_dtype, has_bias, GATED, 256](y, x, w, bias, m, n, k, 4, ctx)
 
 
 def _linear_bf16[
