@@ -1,8 +1,9 @@
 """GPU path of `mili.linear`: chooses by shape among three kernels.
 
 Few rows (up to 8, or 16 with a small weight): `_linear_skinny_gpu` streams the weight into tensor-core fragments.
-More rows: TMA and wgmma, `_linear_wgmma_gpu`.
+More rows: TMA and wgmma, `_linear_wgmma_gpu`. Of its tiles the one whose waves take least, by measured costs, is chosen.
 float32, and K no multiple of 8 (the copy engine wants 16-byte rows): the tiled kernel below, for correctness only.
+`gated_linear_gpu` knows the last two only, for any number of rows.
 
 Every kernel adds in a fixed order, so results repeat bit for bit. Which kernel runs depends on M, so a row may differ
 in its last bit between batches of different size; up to 8 rows it does not. The first two fetch w before the kernel

@@ -4,7 +4,8 @@ One warp issues the copies (producer), one or two warpgroups multiply (consumers
 empty. Operand A supplies the 64 rows a wgmma takes per warpgroup, operand B its 16 to 256 columns. With many tokens A
 is x and B is w; with few tokens they swap, so that only the tokens are padded. Rows, columns and k past the end are
 zero-filled by the copy engine and guarded at the store. A gated product (`GATED`) puts as many gate rows as up rows of w
-into its tile, from two copies, and stores silu(gate) * up. When tiles are fewer than multiprocessors, the blocks of a
+into its tile, from two copies, and stores silu(gate) * up. The blocks of a cluster of SHARE take neighbouring tiles of A
+and the same tile of B, of which each copies its share to all of them. When tiles are fewer than multiprocessors, the blocks of a
 cluster split k: each leaves its partial tile in its own shared memory and sums a share of all of them over
 distributed shared memory, in rank order: results repeat bit for bit.
 """
