@@ -1,8 +1,9 @@
 """GPU path of `mili.linear`: chooses by shape among three kernels.
 
 Few rows (up to 8, or 16 with a small weight): `_linear_skinny_gpu` streams the weight into tensor-core fragments.
-More rows: TMA and wgmma, `_linear_wgmma_gpu`.
+More rows: TMA and wgmma, `_linear_wgmma_gpu`. Of its tiles the one whose waves take least, by measured costs, is chosen.
 float32, and K no multiple of 8 (the copy engine wants 16-byte rows): the tiled kernel below, for correctness only.
+`gated_linear_gpu` knows the last two only, for any number of rows.
 
 Every kernel adds in a fixed order, so results repeat bit for bit. Which kernel runs depends on M, so a row may differ
 in its last bit between batches of different size; up to 8 rows it does not. The first two fetch w before the kernel
@@ -13,23 +14,28 @@ the host: a device graph may capture it.
 from ._linear_skinny_gpu import MAX_WARPS, linear_skinny
 from ._linear_wgmma_gpu import MAX_STAGES, linear_wgmma
 from ._prelude import *
+from .silu_mul import _silu_mul
 
 comptime RING_BYTES = 220_000  # shared memory of a multiprocessor that the rings of its blocks may take
 comptime STREAM = 90_000_000  # elements of w from which on the copy engine streams it faster than warps do
 
 
 def _simt_kernel[
-    dtype: DType, out_dtype: DType, has_bias: Bool
+    dtype: DType, out_dtype: DType, has_bias: Bool, GATED: Bool
 ](y: Ptr[out_dtype], x: Ptr[dtype], w: Ptr[dtype], bias: Ptr[dtype], m32: Int32, n32: Int32, k32: Int32):
-    """64x64 tiles of y, 256 threads with 4x4 sums each, 16 values of k staged in shared memory at a time."""
+    """64x64 tiles, 256 threads with 4x4 sums each, 16 values of k staged in shared memory at a time.
+
+    A gated tile holds 32 gates and their 32 up projections.
+    """
     comptime T = 64
+    comptime OUTPUTS = T // 2 if GATED else T
     comptime KT = 16
     var xs = unsafe_stack_allocation[KT * (T + 1), Float32, address_space=AddressSpace.SHARED]()
     var ws = unsafe_stack_allocation[KT * (T + 1), Float32, address_space=AddressSpace.SHARED]()
     var M = Int(m32)
     var N = Int(n32)
     var K = Int(k32)
-    var n0 = block_idx.x * T
+    var n0 = block_idx.x * OUTPUTS
     var m0 = block_idx.y * T
     var tx = thread_idx.x % 16
     var ty = thread_idx.x // 16
@@ -43,8 +49,10 @@ def _simt_kernel[
             xs[unsafe_offset=kk * (T + 1) + row] = (
                 x[unsafe_offset=(m0 + row) * K + k0 + kk].cast[F32]() if inside and m0 + row < M else 0
             )
+            var output = n0 + row % OUTPUTS
+            var w_row = output + row // OUTPUTS * N
             ws[unsafe_offset=kk * (T + 1) + row] = (
-                w[unsafe_offset=(n0 + row) * K + k0 + kk].cast[F32]() if inside and n0 + row < N else 0
+                w[unsafe_offset=w_row * K + k0 + kk].cast[F32]() if inside and output < N else 0
             )
         barrier()
         comptime for kk in range(KT):
@@ -55,41 +63,102 @@ def _simt_kernel[
                 acc[i] = b.fma(SIMD[F32, 4](xs[unsafe_offset=kk * (T + 1) + ty + i * 16]), acc[i])
         barrier()
     comptime for i in range(4):
-        comptime for j in range(4):
+        comptime for j in range(OUTPUTS // 16):
             var token = m0 + ty + i * 16
             var output = n0 + tx + j * 16
             if token < M and output < N:
                 var value = acc[i][j]
+                comptime if GATED:
+                    value = _silu_mul[dtype, 1](value.cast[dtype](), acc[i][2 + j].cast[dtype]()).cast[F32]()
                 comptime if has_bias:
                     value += bias[unsafe_offset=output].cast[F32]()
                 y[unsafe_offset=token * N + output] = value.cast[out_dtype]()
 
 
 def _linear_simt[
-    dtype: DType, out_dtype: DType, has_bias: Bool
+    dtype: DType, out_dtype: DType, has_bias: Bool, GATED: Bool
 ](y: Ptr[out_dtype], x: Ptr[dtype], w: Ptr[dtype], bias: Ptr[dtype], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
-    comptime kernel = _simt_kernel[dtype, out_dtype, has_bias]
+    comptime kernel = _simt_kernel[dtype, out_dtype, has_bias, GATED]
+    var columns = ceildiv(n, 32 if GATED else 64)
     ctx.enqueue_function[kernel](
-        y, x, w, bias, Int32(m), Int32(n), Int32(k), grid_dim=(ceildiv(n, 64), ceildiv(m, 64)), block_dim=256
+        y, x, w, bias, Int32(m), Int32(n), Int32(k), grid_dim=(columns, ceildiv(m, 64)), block_dim=256
     )
 
 
 @always_inline
 def _few_tokens[
-    out_dtype: DType, has_bias: Bool, COLUMNS: Int
+    out_dtype: DType, has_bias: Bool, GATED: Bool, COLUMNS: Int
 ](y: Ptr[out_dtype], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
-    """Tiles of 64 outputs by COLUMNS tokens; splits k when the tiles leave most multiprocessors idle."""
+    """Tiles of 64 rows of w by COLUMNS tokens; splits k when the tiles leave most multiprocessors idle."""
     comptime SMS = ctx.default_device_info.sm_count
     comptime STAGE = (64 + COLUMNS) * 128
-    var tiles = ceildiv(n, 64) * ceildiv(m, COLUMNS)
+    var tiles = ceildiv(n, 32 if GATED else 64) * ceildiv(m, COLUMNS)
     var k_tiles = ceildiv(k, 64)
     var split = 1
-    while split < 4 and 2 * split * tiles <= SMS and k_tiles >= max(32, 16 * split):
+    # Clusters of four fill only part of the multiprocessors when each block wants a whole one.
+    while split < 4 and 2 * split * tiles <= SMS // split and k_tiles >= max(32, 16 * split):
         split *= 2
     # One block a multiprocessor gets a ring as deep as fits; otherwise up to three share its memory.
     var blocks = min(ceildiv(tiles * split, SMS), 3)
     var stages = min(max(RING_BYTES // blocks // STAGE, 4), MAX_STAGES, ceildiv(k_tiles, split))
-    linear_wgmma[out_dtype, has_bias, True, 1, COLUMNS](y, x, w, bias, m, n, k, split, stages, tiles, ctx)
+    linear_wgmma[out_dtype, has_bias, GATED, True, 1, COLUMNS](y, x, w, bias, m, n, k, split, stages, tiles, ctx)
+
+
+@always_inline
+def _many_tokens[
+    out_dtype: DType, has_bias: Bool, GATED: Bool, COLUMNS: Int
+](
+    y: Ptr[out_dtype], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m: Int, n: Int, k: Int, stages: Int, ctx: DeviceContext
+) raises:
+    """Tiles of 128 tokens by COLUMNS rows of w; with a long k, pairs of blocks load w together."""
+    comptime SMS = ctx.default_device_info.sm_count
+    # Less traffic leaves the tensor cores more of the power limit: 2 to 8% at 16384 tokens of 8B, nothing where k is short.
+    if m > 128 and k >= 4096:
+        linear_wgmma[out_dtype, has_bias, GATED, False, 2, COLUMNS, 2](y, x, w, bias, m, n, k, 1, stages, SMS, ctx)
+    else:
+        linear_wgmma[out_dtype, has_bias, GATED, False, 2, COLUMNS](y, x, w, bias, m, n, k, 1, stages, SMS, ctx)
+
+
+def _linear_tiles[
+    out_dtype: DType, has_bias: Bool, GATED: Bool
+](y: Ptr[out_dtype], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
+    """Chooses tile and split of the wgmma kernel; n counts the columns of y."""
+    comptime SMS = ctx.default_device_info.sm_count
+    if m <= 16:
+        _few_tokens[out_dtype, has_bias, GATED, 16](y, x, w, bias, m, n, k, ctx)
+    elif m <= 32:
+        _few_tokens[out_dtype, has_bias, GATED, 32](y, x, w, bias, m, n, k, ctx)
+    elif m <= 64:
+        _few_tokens[out_dtype, has_bias, GATED, 64](y, x, w, bias, m, n, k, ctx)
+    else:
+        var w_rows = 2 * n if GATED else n
+        var k_tiles = ceildiv(k, 64)
+
+        @always_inline
+        def nanoseconds[COLUMNS: Int](step: Int, tile: Int) {imm} -> Int:
+            """Estimates waves of tiles of 128 tokens by COLUMNS rows of w: a step of 64 in k, and what a tile costs besides."""
+            return ceildiv(ceildiv(m, 128) * ceildiv(w_rows, COLUMNS), SMS) * (k_tiles * step + tile)
+
+        var by_128 = nanoseconds[128](372, 1400)
+        var by_192 = nanoseconds[192](545, 1400)
+        var by_256 = nanoseconds[256](690, 2800)
+        # Half of k each for the two blocks of a cluster, where that keeps more multiprocessors busy.
+        var tiles = ceildiv(m, 128) * ceildiv(w_rows, 128)
+        var split = 2 if not GATED and 2 * tiles <= SMS and k_tiles >= 32 else 1
+        if split == 2:
+            by_128 = k_tiles // 2 * 372 + 5400
+        var best = min(by_128, min(by_192, by_256))
+        # 64 rows of w by 128 tokens, one warpgroup; k in one part or two.
+        var small = ceildiv(w_rows, 64) * ceildiv(m, 128)
+        var parts = 2 if 2 * small <= SMS and k_tiles >= 32 else 1
+        if small <= SMS and k_tiles // parts * 270 + 1200 * parts - 150 < best:
+            _few_tokens[out_dtype, has_bias, GATED, 128](y, x, w, bias, m, n, k, ctx)
+        elif best == by_128:
+            linear_wgmma[out_dtype, has_bias, GATED, False, 2, 128](y, x, w, bias, m, n, k, split, 6, SMS, ctx)
+        elif best == by_192:
+            _many_tokens[out_dtype, has_bias, GATED, 192](y, x, w, bias, m, n, k, 5, ctx)
+        else:
+            _many_tokens[out_dtype, has_bias, GATED, 256](y, x, w, bias, m, n, k, 4, ctx)
 
 
 def _linear_bf16[
@@ -104,26 +173,7 @@ def _linear_bf16[
     if m <= 16 and n * k < 5_000_000:
         linear_skinny[out_dtype, has_bias, 2, 2, 4](y, x, w, bias, m, n, k, min(ceildiv(k, 128), MAX_WARPS), ctx)
         return
-    if m <= 16:
-        _few_tokens[out_dtype, has_bias, 16](y, x, w, bias, m, n, k, ctx)
-    elif m <= 32:
-        _few_tokens[out_dtype, has_bias, 32](y, x, w, bias, m, n, k, ctx)
-    elif m <= 64:
-        _few_tokens[out_dtype, has_bias, 64](y, x, w, bias, m, n, k, ctx)
-    else:
-        var tiles = ceildiv(m, 128) * ceildiv(n, 128)
-        if tiles < 64 or (m <= 128 and ceildiv(n, 64) <= SMS):
-            _few_tokens[out_dtype, has_bias, 128](y, x, w, bias, m, n, k, ctx)
-            return
-        # Nanoseconds of a wave: a step of 64 in k, and what a tile costs besides.
-        var k_tiles = ceildiv(k, 64)
-        var wide = ceildiv(ceildiv(m, 128) * ceildiv(n, 256), SMS) * (k_tiles * 700 + 2400)
-        var square = ceildiv(tiles, SMS) * (k_tiles * 370 + 1400)
-        if wide < square:
-            linear_wgmma[out_dtype, has_bias, False, 2, 256](y, x, w, bias, m, n, k, 1, 4, SMS, ctx)
-        else:
-            var split = 2 if 2 * tiles <= SMS and k_tiles >= 32 else 1
-            linear_wgmma[out_dtype, has_bias, False, 2, 128](y, x, w, bias, m, n, k, split, 6, SMS, ctx)
+    _linear_tiles[out_dtype, has_bias, False](y, x, w, bias, m, n, k, ctx)
 
 
 def linear_gpu[
@@ -137,4 +187,22 @@ def linear_gpu[
             comptime P = Ptr[BF16]
             _linear_bf16[out_dtype, has_bias](y, rebind[P](x), rebind[P](w), rebind[P](bias), m, n, k, ctx)
             return
-    _linear_simt[dtype, out_dtype, has_bias](y, x, w, bias, m, n, k, ctx)
+    _linear_simt[dtype, out_dtype, has_bias, False](y, x, w, bias, m, n, k, ctx)
+
+
+def gated_linear_gpu[
+    dtype: DType
+](y: Ptr[dtype], x: Ptr[dtype], w: Ptr[dtype], m: Int, i: Int, k: Int, ctx: DeviceContext) raises:
+    """Enqueues y[m, i] = silu(x[m, k] wg[i, k]^T) * (x wu[i, k]^T), w = [wg; wu]; x and w are 16-byte aligned.
+
+    Gate and up are rounded to dtype before the product, as if stored between.
+    """
+    if m == 0 or i == 0:
+        return
+    comptime if dtype == BF16:
+        if k % 8 == 0:
+            comptime P = Ptr[BF16]
+            var wp = rebind[P](w)
+            _linear_tiles[BF16, False, True](rebind[P](y), rebind[P](x), wp, wp, m, i, k, ctx)
+            return
+    _linear_simt[dtype, dtype, False, True](y, x, w, w, m, i, k, ctx)

@@ -3,12 +3,14 @@
 One warp issues the copies (producer), one or two warpgroups multiply (consumers); two mbarriers a stage say full and
 empty. Operand A supplies the 64 rows a wgmma takes per warpgroup, operand B its 16 to 256 columns. With many tokens A
 is x and B is w; with few tokens they swap, so that only the tokens are padded. Rows, columns and k past the end are
-zero-filled by the copy engine and guarded at the store. When tiles are fewer than multiprocessors, the blocks of a
+zero-filled by the copy engine and guarded at the store. A gated product (`GATED`) puts as many gate rows as up rows of w
+into its tile, from two copies, and stores silu(gate) * up. The blocks of a cluster of SHARE take neighbouring tiles of A
+and the same tile of B, of which each copies its share to all of them. When tiles are fewer than multiprocessors, the blocks of a
 cluster split k: each leaves its partial tile in its own shared memory and sums a share of all of them over
 distributed shared memory, in rank order: results repeat bit for bit.
 """
 
-from ._linear_wgmma_store_gpu import PAD, store_partial, store_rows, store_swapped, sum_ranks
+from ._linear_wgmma_store_gpu import PAD, gate, store_partial, store_rows, store_swapped, sum_ranks
 from ._prelude import *
 from layout import TileTensor, row_major, stack_allocation
 from layout.coord import Coord, coord
@@ -30,6 +32,11 @@ comptime SW = TensorMapSwizzle.SWIZZLE_128B
 comptime TILE_GROUP = 8  # A tiles walked side by side, so that concurrent blocks share both operands in L2
 comptime MAX_STAGES = 16
 
+# Rows that one copy brings: a gate and its up projection are two copies, and each block of a cluster brings a share of B.
+comptime _A_BOX[GATED: Bool, SWAP: Bool, GROUPS: Int] = 64 * GROUPS // (2 if GATED and SWAP else 1)
+comptime _B_BOX[GATED: Bool, SWAP: Bool, COLUMNS: Int, SHARE: Int] = COLUMNS // max(
+    SHARE, 2 if GATED and not SWAP else 1
+)
 comptime _Tma[ROWS: Int] = TMATensorTile[BF16, coord[ROWS, BK], coord[ROWS, BK]]
 
 # Two warpgroups with 256 columns hold 128 sums a thread: a whole producer warpgroup gives its registers up for them.
@@ -41,10 +48,10 @@ comptime _THREADS[GROUPS: Int, COLUMNS: Int] = 128 * GROUPS + (128 if _WIDE[GROU
 @__llvm_arg_metadata(b_tma, `nvvm.grid_constant`)
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(_THREADS[GROUPS, COLUMNS])))
 def _wgmma_kernel[
-    out_dtype: DType, has_bias: Bool, SWAP: Bool, GROUPS: Int, COLUMNS: Int
+    out_dtype: DType, has_bias: Bool, GATED: Bool, SWAP: Bool, GROUPS: Int, COLUMNS: Int, SHARE: Int
 ](
-    a_tma: _Tma[64 * GROUPS],
-    b_tma: _Tma[COLUMNS],
+    a_tma: _Tma[_A_BOX[GATED, SWAP, GROUPS]],
+    b_tma: _Tma[_B_BOX[GATED, SWAP, COLUMNS, SHARE]],
     y: Ptr[out_dtype],
     bias: Ptr[BF16],
     m32: Int32,
@@ -59,7 +66,11 @@ def _wgmma_kernel[
     comptime OUTPUTS = ROWS if SWAP else COLUMNS
     comptime A_ELEMS = ROWS * BK
     comptime STAGE_ELEMS = (ROWS + COLUMNS) * BK
-    comptime A_LAYOUT = tile_layout_k_major_typed[BF16, ROWS, BK, SW]
+    comptime A_BOX = _A_BOX[GATED, SWAP, GROUPS]
+    comptime B_BOX = _B_BOX[GATED, SWAP, COLUMNS, SHARE]
+    comptime B_STEP = COLUMNS // (2 if GATED and not SWAP else 1)  # rows of w, or tokens, from tile to tile
+    comptime A_LAYOUT = tile_layout_k_major_typed[BF16, A_BOX, BK, SW]
+    comptime B_BOX_LAYOUT = tile_layout_k_major_typed[BF16, B_BOX, BK, SW]
     comptime B_LAYOUT = tile_layout_k_major_typed[BF16, COLUMNS, BK, SW]
     comptime GROUP_LAYOUT = tile_layout_k_major_typed[BF16, 64, BK, SW]
     var smem = external_memory[Scalar[BF16], address_space=AddressSpace.SHARED, alignment=1024]()
@@ -69,21 +80,26 @@ def _wgmma_kernel[
     var N = Int(n32)
     var split = Int(split32)
     var stages = Int(stages32)
-    var rank = block_idx.x % split
+    var rank = block_idx.x % (split if SHARE == 1 else SHARE)
     var k_tiles = ceildiv(Int(k32), BK)
-    var k_first = k_tiles * rank // split
-    var k_count = k_tiles * (rank + 1) // split - k_first
-    var a_tiles = ceildiv(N if SWAP else M, ROWS)
-    var b_tiles = ceildiv(M if SWAP else N, COLUMNS)
-    var first = block_idx.x // split
-    var stride = grid_dim.x // split
+    var k_rank = rank if SHARE == 1 else 0
+    var k_first = k_tiles * k_rank // split
+    var k_count = k_tiles * (k_rank + 1) // split - k_first
+    # The blocks that share a tile of B take neighbouring tiles of A.
+    var a_tiles = ceildiv(N if SWAP else M, A_BOX * SHARE)
+    var b_tiles = ceildiv(M if SWAP else N, B_STEP)
+    var first = block_idx.x // (split * SHARE)
+    var stride = grid_dim.x // (split * SHARE)
 
     if thread_idx.x == 0:
         for s in range(stages):
             full[unsafe_offset=s].init(1)
-            empty[unsafe_offset=s].init(Int32(GROUPS))
+            empty[unsafe_offset=s].init(Int32(GROUPS * SHARE))
         fence_mbarrier_init()
-    barrier()
+    comptime if SHARE > 1:
+        cluster_sync()
+    else:
+        barrier()
     launch_dependent_grids()
 
     @always_inline
@@ -93,7 +109,8 @@ def _wgmma_kernel[
         var base = tile // per_group * TILE_GROUP
         var width = min(TILE_GROUP, a_tiles - base)
         var inside = tile % per_group
-        return (base + inside % width) * ROWS, inside // width * COLUMNS
+        var a = base + inside % width
+        return (a * SHARE + (rank if SHARE > 1 else 0)) * A_BOX, inside // width * B_STEP
 
     if warp_id() >= 4 * GROUPS:
         comptime if _WIDE[GROUPS, COLUMNS]:
@@ -105,12 +122,30 @@ def _wgmma_kernel[
             @always_inline
             def copy[a: Bool](slot: Int, k: Int, row: Int) {imm}:
                 var stage = smem.unsafe_offset(slot * STAGE_ELEMS)
+                # A gate's up projection lies N rows further down.
                 comptime if a:
-                    a_tma.async_copy(TileTensor(stage, A_LAYOUT), full[unsafe_offset=slot], (k, row))
+                    comptime for part in range(ROWS // A_BOX):
+                        a_tma.async_copy(
+                            TileTensor(stage.unsafe_offset(part * A_BOX * BK), A_LAYOUT),
+                            full[unsafe_offset=slot],
+                            (k, row + part * N),
+                        )
                 else:
-                    b_tma.async_copy(
-                        TileTensor(stage.unsafe_offset(A_ELEMS), B_LAYOUT), full[unsafe_offset=slot], (k, row)
-                    )
+                    comptime if SHARE == 1:
+                        comptime for part in range(COLUMNS // B_BOX):
+                            b_tma.async_copy(
+                                TileTensor(stage.unsafe_offset(A_ELEMS + part * B_BOX * BK), B_BOX_LAYOUT),
+                                full[unsafe_offset=slot],
+                                (k, row + part * N),
+                            )
+                    else:
+                        var at = rank * B_BOX
+                        b_tma.async_multicast_load(
+                            TileTensor(stage.unsafe_offset(A_ELEMS + at * BK), B_BOX_LAYOUT),
+                            full[unsafe_offset=slot],
+                            (k, row + at // B_STEP * N + at % B_STEP),
+                            UInt16((1 << SHARE) - 1),
+                        )
 
             # w does not depend on the kernel ahead: its first stages are under way before that one ends.
             var ahead = min(stages, k_count)
@@ -141,6 +176,8 @@ def _wgmma_kernel[
         if split > 1:
             cluster_sync()
             cluster_sync()
+        comptime if SHARE > 1:
+            cluster_sync()  # blocks of the cluster still copy into this one's ring, and count on its barriers
     else:
         comptime if _WIDE[GROUPS, COLUMNS]:
             warpgroup_reg_alloc[240]()
@@ -154,6 +191,16 @@ def _wgmma_kernel[
         var column = (lane_id() % 4) * 2
         var slot = 0
         var phase = UInt32(0)
+
+        @always_inline
+        def release(slot: Int) {imm}:
+            comptime if SHARE == 1:
+                if thread_idx.x % 128 == 0:
+                    _ = empty[unsafe_offset=slot].arrive()
+            else:
+                if thread_idx.x % 128 < SHARE:
+                    empty[unsafe_offset=slot].arrive_cluster(UInt32(thread_idx.x % 128))
+
         for tile in range(first, a_tiles * b_tiles, stride):
             _ = acc.fill(0.0)
             var before = 0
@@ -171,8 +218,8 @@ def _wgmma_kernel[
                 warpgroup_fence(acc)
                 # One step stays in flight; the stage of the step before it has been read.
                 op.wait_group[1]()
-                if thread_idx.x % 128 == 0 and i > 0:
-                    _ = empty[unsafe_offset=before].arrive()
+                if i > 0:
+                    release(before)
                 before = slot
                 slot += 1
                 if slot == stages:
@@ -180,32 +227,42 @@ def _wgmma_kernel[
                     phase ^= 1
             op.wait_group()
             warpgroup_fence(acc)
-            if thread_idx.x % 128 == 0 and k_count > 0:
-                _ = empty[unsafe_offset=before].arrive()
+            if k_count > 0:
+                release(before)
             var at = origin(tile)
-            if split > 1:
+            # The halves of a swapped gate meet in shared memory only: there, a block alone is a cluster of one.
+            if split > 1 or (GATED and SWAP):
                 # All copies have landed and been read: the ring becomes the partial tile [TOKENS, OUTPUTS + PAD].
                 named_barrier[Int32(128 * GROUPS)](1)
                 var part = smem.unsafe_bitcast[Float32]()
                 store_partial[SWAP, COLUMNS, OUTPUTS](part, acc, row, column)
-                cluster_sync()
                 var token_base = at[1 if SWAP else 0]
                 var output_base = at[0 if SWAP else 1]
                 var tokens = min(TOKENS, M - token_base)
-                comptime for log in range(1, 4):
+                if split > 1:
+                    cluster_sync()
+                else:
+                    named_barrier[Int32(128 * GROUPS)](1)
+                comptime for log in range(0 if GATED and SWAP else 1, 4):
                     if split == 1 << log:
-                        sum_ranks[out_dtype, has_bias, 1 << log, OUTPUTS, 128 * GROUPS](
-                            y, bias, UInt32(Int(smem)), rank, tokens, token_base, output_base, N
+                        sum_ranks[out_dtype, has_bias, GATED, 1 << log, OUTPUTS, 128 * GROUPS](
+                            y, bias, part, k_rank, tokens, token_base, output_base, N
                         )
-                cluster_sync()
+                if split > 1:
+                    cluster_sync()
+            elif GATED:
+                gate[COLUMNS](acc)
+                store_rows[out_dtype, False, COLUMNS // 2](y, bias, acc, row, column, at[0], at[1], M, N)
             elif SWAP:
                 store_swapped[out_dtype, has_bias, COLUMNS](y, bias, acc, row, column, at[1], at[0], M, N)
             else:
                 store_rows[out_dtype, has_bias, COLUMNS](y, bias, acc, row, column, at[0], at[1], M, N)
+        comptime if SHARE > 1:
+            cluster_sync()
 
 
 def linear_wgmma[
-    out_dtype: DType, has_bias: Bool, SWAP: Bool, GROUPS: Int, COLUMNS: Int
+    out_dtype: DType, has_bias: Bool, GATED: Bool, SWAP: Bool, GROUPS: Int, COLUMNS: Int, SHARE: Int = 1
 ](
     y: Ptr[out_dtype],
     x: Ptr[BF16],
@@ -219,18 +276,26 @@ def linear_wgmma[
     max_blocks: Int,
     ctx: DeviceContext,
 ) raises:
-    """Launches at most `max_blocks` blocks, or with `split` 2, 4 or 8 a cluster of that many blocks per tile."""
+    """Launches at most `max_blocks` blocks, or with `split` 2, 4 or 8 a cluster of that many blocks per tile.
+
+    Clusters of SHARE blocks, with split 1 only, load one tile of B together.
+    n counts the columns of y. A gated w has 2n rows, a gated and swapped launch needs a block for each tile.
+    """
     comptime ROWS = 64 * GROUPS
-    var part = (COLUMNS * (ROWS + PAD) if SWAP else ROWS * (COLUMNS + PAD)) * 4 if split > 1 else 0
+    var part = (COLUMNS * (ROWS + PAD) if SWAP else ROWS * (COLUMNS + PAD)) * 4 if split > 1 or (GATED and SWAP) else 0
     var smem = max(stages * (ROWS + COLUMNS) * BK * 2, part)
-    comptime kernel = _wgmma_kernel[out_dtype, has_bias, SWAP, GROUPS, COLUMNS]
-    var a_rows = n if SWAP else m
-    var b_rows = m if SWAP else n
+    comptime kernel = _wgmma_kernel[out_dtype, has_bias, GATED, SWAP, GROUPS, COLUMNS, SHARE]
+    comptime A_BOX = _A_BOX[GATED, SWAP, GROUPS]
+    comptime B_BOX = _B_BOX[GATED, SWAP, COLUMNS, SHARE]
+    comptime B_STEP = COLUMNS // (2 if GATED and not SWAP else 1)
+    var w_rows = 2 * n if GATED else n
+    var a_rows = w_rows if SWAP else m
+    var b_rows = m if SWAP else w_rows
     var a = TileTensor(w if SWAP else x, row_major(Coord(a_rows, k)))
     var b = TileTensor(x if SWAP else w, row_major(Coord(b_rows, k)))
-    var a_tma = create_tensor_tile[coord[ROWS, BK], swizzle_mode=SW](ctx, a)
-    var b_tma = create_tensor_tile[coord[COLUMNS, BK], swizzle_mode=SW](ctx, b)
-    var tiles = ceildiv(a_rows, ROWS) * ceildiv(b_rows, COLUMNS)
+    var a_tma = create_tensor_tile[coord[A_BOX, BK], swizzle_mode=SW](ctx, a)
+    var b_tma = create_tensor_tile[coord[B_BOX, BK], swizzle_mode=SW](ctx, b)
+    var tiles = ceildiv(n if SWAP else m, A_BOX * SHARE) * ceildiv(m if SWAP else n, B_STEP)
     ctx.enqueue_function[kernel](
         a_tma,
         b_tma,
@@ -241,9 +306,9 @@ def linear_wgmma[
         Int32(k),
         Int32(split),
         Int32(stages),
-        grid_dim=tiles * split if split > 1 else min(tiles, max_blocks),
+        grid_dim=tiles * split if split > 1 else min(tiles, max_blocks // SHARE) * SHARE,
         block_dim=_THREADS[GROUPS, COLUMNS],
-        cluster_dim=Dim(split),
+        cluster_dim=Dim(split * SHARE),
         shared_mem_bytes=smem,
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(UInt32(smem)),
         attributes=pdl_launch_attributes(PDLLevel.ON),

@@ -6,6 +6,7 @@ within the block's tile.
 """
 
 from ._prelude import *
+from .silu_mul import _silu_mul
 from layout import TileTensor
 from std.sys import inlined_assembly
 from std.sys.intrinsics import _RegisterPackType
@@ -51,22 +52,51 @@ def _transpose_quad(v: SIMD[DType.uint32, 4]) -> SIMD[DType.uint32, 4]:
 
 
 @always_inline
+def gate[COLUMNS: Int](acc: TileTensor[mut=True, dtype=F32, address_space=AddressSpace.LOCAL, ...]):
+    """Turns a fragment, gate columns and then as many up columns, into silu(gate) * up in its first half."""
+    comptime for i in range(COLUMNS // 4):
+        acc[0, i] = _silu_mul[BF16, 1](acc[0, i][0].cast[BF16](), acc[0, COLUMNS // 4 + i][0].cast[BF16]()).cast[F32]()
+
+
+@always_inline
 def sum_ranks[
-    out_dtype: DType, has_bias: Bool, SPLIT: Int, OUTPUTS: Int, THREADS: Int
-](y: Ptr[out_dtype], bias: Ptr[BF16], part: UInt32, rank: Int, tokens: Int, token_base: Int, output_base: Int, N: Int):
-    """Writes this rank's share of a tile: the sums, in rank order, of the cluster's partial tiles."""
-    comptime QUADS = OUTPUTS // 4
+    out_dtype: DType, has_bias: Bool, GATED: Bool, SPLIT: Int, OUTPUTS: Int, THREADS: Int
+](
+    y: Ptr[out_dtype],
+    bias: Ptr[BF16],
+    own: MutPointer[Float32, _, address_space=AddressSpace.SHARED],
+    rank: Int,
+    tokens: Int,
+    token_base: Int,
+    output_base: Int,
+    N: Int,
+):
+    """Writes this rank's share of a tile: the sums, in rank order, of the cluster's partial tiles.
+
+    A gated tile holds OUTPUTS / 2 gates and then their up projections: y gets silu(gate) * up.
+    """
+    comptime HALVES = 2 if GATED else 1
+    comptime QUADS = OUTPUTS // HALVES // 4
+    var part = UInt32(Int(own))
     var begin = tokens * rank // SPLIT
     var count = tokens * (rank + 1) // SPLIT - begin
     for i in range(thread_idx.x, count * QUADS, THREADS):
         var token = begin + i // QUADS
         var quad = i % QUADS * 4
-        var parts = Array[SIMD[F32, 4], SPLIT](fill=0)
-        comptime for r in range(SPLIT):  # all in flight before the first is used
-            parts[r] = _load_peer(part + UInt32((token * (OUTPUTS + PAD) + quad) * 4), r)
+        var parts = Array[SIMD[F32, 4], HALVES * SPLIT](fill=0)
+        comptime for h in range(HALVES):  # all in flight before the first is used
+            comptime for r in range(SPLIT):
+                var at = token * (OUTPUTS + PAD) + h * (OUTPUTS // 2) + quad
+                comptime if SPLIT > 1:
+                    parts[h * SPLIT + r] = _load_peer(part + UInt32(at * 4), r)
+                else:
+                    parts[h] = own.unsafe_load[width=4, alignment=16](at)
+        comptime for h in range(HALVES):
+            comptime for r in range(1, SPLIT):
+                parts[h * SPLIT] += parts[h * SPLIT + r]
         var sum = parts[0]
-        comptime for r in range(1, SPLIT):
-            sum += parts[r]
+        comptime if GATED:
+            sum = _silu_mul[BF16, 4](sum.cast[BF16](), parts[SPLIT].cast[BF16]()).cast[F32]()
         var output = output_base + quad
         var yp = y.unsafe_offset((token_base + token) * N + output)
         comptime if has_bias:

@@ -16,7 +16,7 @@ from max.gpu.primitives.grid_controls import PDLLevel, launch_dependent_grids
 from max.gpu.primitives.grid_controls import pdl_launch_attributes, wait_on_dependent_grids
 from std.math import ceildiv, exp, iota, sqrt
 from std.memory import bitcast, unsafe_stack_allocation
-from std.sys import CompilationTarget, llvm_intrinsic, simd_width_of, size_of
+from std.sys import CompilationTarget, is_nvidia_gpu, llvm_intrinsic, simd_width_of, size_of
 from std.sys.info import num_physical_cores
 
 comptime F32 = DType.float32

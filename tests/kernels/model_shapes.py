@@ -97,7 +97,7 @@ CASES = (
     Case(
         "linear",
         _linear,
-        lambda s: [{"M": rows} for rows in (BATCHES if s["N"] < VOCAB else (1, 7, 65))],
+        lambda s: [{"M": rows} for rows in ((*BATCHES, 530, 1030) if s["N"] < VOCAB else (1, 7, 65))],
         {"M": 6, "N": 96},
         {"x": ("M",), "weight": ("N",), "bias": ("N",), "y": ("M", "N")},
     ),
