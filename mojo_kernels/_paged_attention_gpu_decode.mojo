@@ -7,6 +7,7 @@ from std.bit import log2_floor
 
 comptime SPLIT_BLOCKS = 64  # with so many or fewer blocks, about half of the multiprocessors, each is split into a cluster
 comptime SPLIT_KEYS = 128  # fewer are not worth it
+comptime DEEP_KEYS = 256  # fewer do not fill a deep ring
 
 
 def launch_decode[
@@ -77,10 +78,11 @@ def launch_decode[
             func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(UInt32(shared_bytes)),
         )
 
-    # As many bytes in flight as two blocks of a multiprocessor can have, three if split.
+    # A deep ring keeps bytes in flight; a shallow one lets a third block into a multiprocessor, which short requests need more,
+    # and a second one where the sums of eight heads take room too.
     if is_split:
         launch[True, 4]()
-    elif heads <= 4:
+    elif heads <= 4 and max_seq_len > DEEP_KEYS:
         launch[False, 6]()
     else:
         launch[False, 4]()
