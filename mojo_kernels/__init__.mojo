@@ -5,5 +5,6 @@ from .linear import *
 from .paged_attention import *
 from .qk_norm_rope_store import *
 from .rms_norm import *
+from .rope_attention import *
 from .sampling import *
 from .silu_mul import *

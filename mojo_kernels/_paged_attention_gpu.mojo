@@ -74,6 +74,12 @@ def paged_attention_gpu[
                 num_q_heads,
                 num_kv_heads,
                 max_seq_len,
+                q,  # this and what follows belongs to the fused kernel
+                q,
+                rebind[Ptr[F32]](q.unsafe_bitcast[Float32]()),
+                seq_lens,
+                seq_lens,
+                0,
                 ctx,
             )
     else:

@@ -32,11 +32,22 @@ def _inverse(sum: Float32) -> Float32:
 
 
 @always_inline
-def _push(address: Int32, value: SIMD[F32, 4]):
-    """Stores 16 bytes at a shared-memory address of the first block of the cluster."""
+def _push(address: Int32, rank: Int32, value: SIMD[F32, 4]):
+    """Stores 16 bytes at a shared-memory address of block `rank` of the cluster."""
     inlined_assembly[
-        "{ .reg .b32 ra; mapa.shared::cluster.u32 ra, $0, 0; st.shared::cluster.v4.f32 [ra], {$1, $2, $3, $4}; }",
+        "{ .reg .b32 ra; mapa.shared::cluster.u32 ra, $0, $1; st.shared::cluster.v4.f32 [ra], {$2, $3, $4, $5}; }",
         NoneType,
-        constraints="r,f,f,f,f,~{memory}",
+        constraints="r,r,f,f,f,f,~{memory}",
         has_side_effect=True,
-    ](address, value[0], value[1], value[2], value[3])
+    ](address, rank, value[0], value[1], value[2], value[3])
+
+
+@always_inline
+def _push_pair(address: Int32, rank: Int32, first: Float32, second: Float32):
+    """Stores 8 bytes there."""
+    inlined_assembly[
+        "{ .reg .b32 ra; mapa.shared::cluster.u32 ra, $0, $1; st.shared::cluster.v2.f32 [ra], {$2, $3}; }",
+        NoneType,
+        constraints="r,r,f,f,~{memory}",
+        has_side_effect=True,
+    ](address, rank, first, second)

@@ -97,3 +97,24 @@ def attention_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
         "max_query_len": np.array(max(rows, default=0), np.int32),
         "max_seq_len": np.array(max((length for length, _ in requests), default=0), np.int32),
     }
+
+
+def rope_attention_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
+    """As for `attention_inputs`, but the slots of the rows of this step hold NaN until the kernel fills them."""
+    x = attention_inputs(rng, s, dtype)
+    tokens, longest = len(x.pop("q")), int(x["max_seq_len"])
+    stored = store_inputs(rng, {**s, "T": tokens}, dtype)
+    where = [(b, np.arange(length - rows, length, dtype=np.int32)) for b, (length, rows) in enumerate(s["requests"])]
+    positions = np.concatenate([np.zeros(0, np.int32), *(at for _, at in where)])
+    pages = [x["page_table"][b, at // s["S"]] for b, at in where]
+    slots = np.concatenate([np.zeros(0, np.int32), *pages]) * s["S"] + positions % s["S"]
+    for name in ("k_cache", "v_cache"):
+        x[name][LAYER, slots // s["S"], :, slots % s["S"]] = np.nan
+    angles = rng.uniform(0, 2 * np.pi, (longest + 1, s["D"] // 2))
+    return {
+        **{name: stored[name] for name in ("qkv", "q_norm", "k_norm")},
+        "cos_sin": np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32),
+        "positions": positions,
+        "slots": slots.astype(np.int32),
+        **x,
+    }

@@ -22,6 +22,7 @@ from kernels.inputs import (
     embedding_inputs,
     linear_inputs,
     norm_inputs,
+    rope_attention_inputs,
     silu_mul_inputs,
     store_inputs,
 )
@@ -146,6 +147,11 @@ def _attention(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
     return {"out": out, "k_cache": a(x["k_cache"]), "v_cache": a(x["v_cache"])}
 
 
+def _rope_attention(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
+    stored = {name: a.store(values) for name, values in _store(a, x, s).items()}  # q and k are rounded before they meet
+    return {**_attention(a, {**x, **stored}, s), "v_cache": stored["v_cache"]}
+
+
 def _keys_seen(requests: tuple[tuple[int, int], ...]) -> int:
     """Sum over rows of (position + 1)."""
     return sum(rows * length - rows * (rows - 1) // 2 for length, rows in requests)
@@ -244,6 +250,22 @@ SPECS = (
         _attention_bytes,
         lambda s: 4 * s["Hq"] * s["D"] * _keys_seen(s["requests"]),
         frozenset({"k_cache", "v_cache"}),
+    ),
+    KernelSpec(
+        "rope_attention",
+        HEADS,
+        (
+            {"S": 16, "requests": ()},
+            *({"S": s, "requests": _requests(s)} for s in PAGE_SIZES),
+            *({"S": s, "requests": tuple((length, 1) for length, _ in _requests(s))} for s in PAGE_SIZES),
+        ),
+        rope_attention_inputs,
+        _rope_attention,
+        lambda s, size: (
+            _attention_bytes(s, size) + 4 * size * sum(rows for _, rows in s["requests"]) * s["Hkv"] * s["D"]
+        ),
+        lambda s: 4 * s["Hq"] * s["D"] * _keys_seen(s["requests"]),
+        frozenset({"v_cache"}),
     ),
 )
 BY_NAME = {spec.name: spec for spec in SPECS}

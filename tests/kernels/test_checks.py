@@ -5,7 +5,7 @@ from max.dtype import DType
 from max.graph import BufferType, DeviceRef, Graph, TensorType
 
 from mili.ops.activation import silu_mul
-from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_norm_rope_store
+from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_norm_rope_store, rope_attention
 from mili.ops.embedding import embedding
 from mili.ops.linear import linear, linear_weight_shape
 from mili.ops.norm import add_rms_norm, add_rms_norm_rows
@@ -127,5 +127,25 @@ def test_paged_attention(change: dict[str, Given], message: str) -> None:
     refused(
         lambda k, v, layer, **x: paged_attention(**x, cache=CacheView(k, v, layer), scale=0.125),
         f"paged_attention: {message}",
+        **given,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": (F32, ("T", 300))}, "qkv has 300 columns, not whole"),
+        ({"seq_lens": (DType.int64, ("B",))}, "seq_lens has dtype int64, expected int32"),
+        (cache(page_size=24), "page size is 24, expected a power of two"),
+    ],
+)
+def test_rope_attention(change: dict[str, Given], message: str) -> None:
+    row: Given = (I32, ("T",))
+    given = {"qkv": (F32, ("T", 512)), "q_norm": GAIN, "k_norm": GAIN, "cos_sin": (F32, ("M", 64))}
+    given |= {"positions": row, "slots": row, "page_table": (I32, ("B", "P")), "query_starts": (I32, ("B1",))}
+    given |= {"seq_lens": (I32, ("B",)), "max_query_len": (I32, ()), "max_seq_len": (I32, ()), **cache(), **change}
+    refused(
+        lambda k, v, layer, **x: rope_attention(**x, cache=CacheView(k, v, layer), eps=1e-6, scale=0.125),
+        f"rope_attention: {message}",
         **given,
     )

@@ -121,6 +121,20 @@ def test_a_prompt_is_the_same_whole_and_in_chunks(cpu_kernels: Kernels, heads: S
 
 
 @heads
+def test_one_op_has_the_bits_of_two(kernels: Kernels, heads: Shape) -> None:
+    """Whether it runs them one after the other or, with one token for each request on a GPU, in one kernel."""
+    spec = BY_NAME["rope_attention"]
+    for pairs in (REQUESTS, tuple((length, 1) for length, _ in REQUESTS), ((1, 1),)):
+        shape = {**heads, "S": 16, "requests": pairs, "T": sum(rows for _, rows in pairs)}
+        x = inputs(spec, kernels, shape)
+        got = kernels.run(spec.name, shape, x)
+        stored = kernels.run(STORE.name, shape, x)
+        check_same_bits(got["out"], attend(kernels, shape, {**x, **stored}))
+        for cache in ("k_cache", "v_cache"):
+            check_same_bits(got[cache], stored[cache], cache)
+
+
+@heads
 def test_where_pages_lie_and_how_long_they_are_does_not_matter(cpu_kernels: Kernels, heads: Shape) -> None:
     shape = {**heads, "S": 16, "requests": REQUESTS}
     x = inputs(ATTENTION, cpu_kernels, shape)

@@ -35,6 +35,7 @@ SHAPES: dict[str, Shape] = {
     "linear": {"K": 66, "N": 101, "M": 13, "bias": True, "wide": False},
     "qk_norm_rope_store": {**HEADS, "T": 17},
     "paged_attention": PAGED,
+    "rope_attention": PAGED,
 }
 
 
@@ -171,6 +172,15 @@ BUGS: dict[str, dict[str, Bug]] = {
         "the other layer": wrong_inputs(lambda x: {"layer": 1 - x["layer"]}),
         "a slot past the end": wrong_inputs(lambda x: {"seq_lens": x["seq_lens"] + 1}),
         "a write to the cache": wrong_output("k_cache", lambda y, x: np.nan_to_num(y)),
+    },
+    "rope_attention": {
+        "the next position": wrong_inputs(lambda x: {"positions": x["positions"] + 1}),
+        "gains swapped": wrong_inputs(lambda x: {"q_norm": x["k_norm"], "k_norm": x["q_norm"]}),
+        "a key not stored": wrong_inputs(lambda x: {"slots": np.r_[x["slots"][:-1], 0]}),
+        "a slot past the end": wrong_inputs(lambda x: {"seq_lens": x["seq_lens"] + 1}),
+        "the other layer": wrong_inputs(lambda x: {"layer": 1 - x["layer"]}),
+        "first page lost": wrong_inputs(first_page_lost),
+        "v scaled": wrong_output("v_cache", lambda y, x: y * 1.01),
     },
 }
 

@@ -18,7 +18,7 @@ from max.graph import BufferType, DeviceRef, Graph, TensorType, TensorValue
 
 from mili.ops import _call
 from mili.ops.activation import silu_mul
-from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_norm_rope_store
+from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_norm_rope_store, rope_attention
 from mili.ops.embedding import embedding
 from mili.ops.linear import linear, linear_weight_shape
 from mili.ops.norm import add_rms_norm, add_rms_norm_rows
@@ -42,6 +42,7 @@ OUTPUTS = {
     "linear": ("y",),
     "qk_norm_rope_store": ("q",),
     "paged_attention": ("out",),
+    "rope_attention": ("out",),
 }
 
 
@@ -249,24 +250,29 @@ def _ports(name: str, s: Statics, dtype: DType, on_cpu: bool) -> dict[str, Port]
         "v_cache": (dtype, tuple(v_shape)),
         "layer": (i32, ()),
     }
-    if name == "qk_norm_rope_store":
-        head: Port = (dtype, (s["D"],))
-        qkv: Port = (dtype, ("T", (s["Hq"] + 2 * s["Hkv"]) * s["D"]))
-        row: Port = (i32, ("T",))
-        angles: Port = (f32, ("M", s["D"]))
-        return {
-            "qkv": qkv, "q_norm": head, "k_norm": head, "cos_sin": angles, "positions": row, "slots": row, **cache
-        }  # fmt: skip
-    assert name == "paged_attention", name
-    return {
-        "q": (dtype, ("T", s["Hq"] * s["D"])),
-        **cache,
+    head: Port = (dtype, (s["D"],))
+    row: Port = (i32, ("T",))
+    projections: dict[str, Port] = {
+        "qkv": (dtype, ("T", (s["Hq"] + 2 * s["Hkv"]) * s["D"])),
+        "q_norm": head,
+        "k_norm": head,
+        "cos_sin": (f32, ("M", s["D"])),
+        "positions": row,
+        "slots": row,
+    }
+    requests: dict[str, Port] = {
         "page_table": (i32, ("B", "P")),
         "query_starts": (i32, ("B_plus_1",)),
         "seq_lens": (i32, ("B",)),
         "max_query_len": (i32, ()),
         "max_seq_len": (i32, ()),
     }
+    if name == "qk_norm_rope_store":
+        return {**projections, **cache}
+    if name == "rope_attention":
+        return {**projections, **cache, **requests}
+    assert name == "paged_attention", name
+    return {"q": (dtype, ("T", s["Hq"] * s["D"])), **cache, **requests}
 
 
 def _place(name: str, s: Statics, x: dict[str, Any]) -> list[TensorValue]:
@@ -284,6 +290,7 @@ def _place(name: str, s: Statics, x: dict[str, Any]) -> list[TensorValue]:
         "silu_mul": lambda: silu_mul(**x),
         "qk_norm_rope_store": lambda: qk_norm_rope_store(**x, eps=EPS),
         "paged_attention": lambda: paged_attention(**x, scale=s["D"] ** -0.5),
+        "rope_attention": lambda: rope_attention(**x, eps=EPS, scale=s["D"] ** -0.5),
     }
     placed = calls[name]()
     return [placed] if isinstance(placed, TensorValue) else list(placed)

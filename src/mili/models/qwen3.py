@@ -14,7 +14,7 @@ from max.graph import BufferType, BufferValue, DeviceRef, Graph, TensorType, Ten
 from mili.config import ModelConfig
 from mili.ops._call import kernels_path
 from mili.ops.activation import silu_mul
-from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_norm_rope_store
+from mili.ops.attention import CacheView, kv_cache_shapes, rope_attention
 from mili.ops.embedding import embedding
 from mili.ops.linear import linear, linear_weight_shape
 from mili.ops.norm import add_rms_norm, add_rms_norm_rows
@@ -215,15 +215,20 @@ def _layer(
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     qkv = linear(x, weights["self_attn.qkv_proj.weight"], heads * head_dim, weights.get("self_attn.qkv_proj.bias"))
     q_norm, k_norm = weights["self_attn.q_norm.weight"], weights["self_attn.k_norm.weight"]
-    q = qk_norm_rope_store(qkv, q_norm, k_norm, step.cos_sin, step.positions, step.slots, cache, eps)
-    attended = paged_attention(
-        q,
+    attended = rope_attention(
+        qkv,
+        q_norm,
+        k_norm,
+        step.cos_sin,
+        step.positions,
+        step.slots,
         cache,
         step.page_table,
         step.query_starts,
         step.seq_lens,
         step.max_query_len,
         step.max_seq_len,
+        eps,
         head_dim**-0.5,
     )
     x = linear(attended, weights["self_attn.o_proj.weight"], config.hidden_size, weights.get("self_attn.o_proj.bias"))

@@ -1,4 +1,4 @@
-"""`mili.qk_norm_rope_store` and `mili.paged_attention`: everything that touches the KV cache."""
+"""Ops on the KV cache: `mili.qk_norm_rope_store`, `mili.paged_attention`, and both in one as `mili.rope_attention`."""
 
 from dataclasses import dataclass
 
@@ -54,19 +54,7 @@ def qk_norm_rope_store(
         q [T, Hq * D].
     """
     op = "qk_norm_rope_store"
-    check_tensor(op, "qkv", qkv, FLOATS, "T", "heads")
-    head_dim, kv_heads = int(q_norm.shape[0]), int(cache.v.shape[2])
-    q_size = int(qkv.shape[1]) - 2 * kv_heads * head_dim
-    if head_dim not in (64, 128):
-        raise ValueError(f"{op}: head_dim is {head_dim}, expected 64 or 128")
-    if q_size <= 0 or q_size % (kv_heads * head_dim):
-        raise ValueError(f"{op}: qkv has {qkv.shape[1]} columns, not whole query and {kv_heads} KV heads of {head_dim}")
-    check_tensor(op, "q_norm", q_norm, qkv.dtype, head_dim)
-    check_tensor(op, "k_norm", k_norm, qkv.dtype, head_dim)
-    check_tensor(op, "cos_sin", cos_sin, DType.float32, "M", head_dim)
-    check_tensor(op, "positions", positions, DType.int32, "T")
-    check_tensor(op, "slots", slots, DType.int32, "T")
-    _check_cache(op, cache, qkv, kv_heads, head_dim)
+    q_size = _check_projections(op, qkv, q_norm, k_norm, cos_sin, positions, slots, cache)
     out = TensorType(qkv.dtype, [qkv.shape[0], q_size], qkv.device)
     values: list[TensorValue | BufferValue] = [
         qkv,
@@ -113,11 +101,7 @@ def paged_attention(
     if int(q.shape[1]) % (kv_heads * head_dim):
         raise ValueError(f"{op}: q has {q.shape[1]} columns, not a multiple of {kv_heads} KV heads of {head_dim}")
     _check_cache(op, cache, q, kv_heads, head_dim)
-    check_tensor(op, "page_table", page_table, DType.int32, "B", "P")
-    check_tensor(op, "query_starts", query_starts, DType.int32, "B + 1")
-    check_tensor(op, "seq_lens", seq_lens, DType.int32, "B")
-    check_tensor(op, "max_query_len", max_query_len, DType.int32)
-    check_tensor(op, "max_seq_len", max_seq_len, DType.int32)
+    _check_requests(op, page_table, query_starts, seq_lens, max_query_len, max_seq_len)
     out = TensorType(q.dtype, q.shape, q.device)
     values: list[TensorValue | BufferValue] = [
         q,
@@ -131,6 +115,96 @@ def paged_attention(
         max_seq_len,
     ]
     return kernel_op(op, q.device, values, [out], {"scale": scale})[0]
+
+
+def rope_attention(
+    qkv: TensorValue,
+    q_norm: TensorValue,
+    k_norm: TensorValue,
+    cos_sin: TensorValue,
+    positions: TensorValue,
+    slots: TensorValue,
+    cache: CacheView,
+    page_table: TensorValue,
+    query_starts: TensorValue,
+    seq_lens: TensorValue,
+    max_query_len: TensorValue,
+    max_seq_len: TensorValue,
+    eps: float,
+    scale: float,
+) -> TensorValue:
+    """`paged_attention` of what `qk_norm_rope_store` returns: one kernel where every request has one token on a GPU.
+
+    Args and the effect on the cache: as those of the two functions.
+
+    Returns:
+        [T, Hq * D].
+    """
+    op = "rope_attention"
+    q_size = _check_projections(op, qkv, q_norm, k_norm, cos_sin, positions, slots, cache)
+    _check_requests(op, page_table, query_starts, seq_lens, max_query_len, max_seq_len)
+    out = TensorType(qkv.dtype, [qkv.shape[0], q_size], qkv.device)
+    values: list[TensorValue | BufferValue] = [
+        qkv,
+        q_norm,
+        k_norm,
+        cos_sin,
+        positions,
+        slots,
+        cache.k,
+        cache.v,
+        page_table,
+        query_starts,
+        seq_lens,
+        cache.layer,
+        max_query_len,
+        max_seq_len,
+    ]
+    attended, _scratch = kernel_op(op, qkv.device, values, [out, out], {"eps": eps, "scale": scale})
+    return attended
+
+
+def _check_projections(
+    op: str,
+    qkv: TensorValue,
+    q_norm: TensorValue,
+    k_norm: TensorValue,
+    cos_sin: TensorValue,
+    positions: TensorValue,
+    slots: TensorValue,
+    cache: CacheView,
+) -> int:
+    """The inputs of `qk_norm_rope_store`; returns Hq * D."""
+    check_tensor(op, "qkv", qkv, FLOATS, "T", "heads")
+    head_dim, kv_heads = int(q_norm.shape[0]), int(cache.v.shape[2])
+    q_size = int(qkv.shape[1]) - 2 * kv_heads * head_dim
+    if head_dim not in (64, 128):
+        raise ValueError(f"{op}: head_dim is {head_dim}, expected 64 or 128")
+    if q_size <= 0 or q_size % (kv_heads * head_dim):
+        raise ValueError(f"{op}: qkv has {qkv.shape[1]} columns, not whole query and {kv_heads} KV heads of {head_dim}")
+    check_tensor(op, "q_norm", q_norm, qkv.dtype, head_dim)
+    check_tensor(op, "k_norm", k_norm, qkv.dtype, head_dim)
+    check_tensor(op, "cos_sin", cos_sin, DType.float32, "M", head_dim)
+    check_tensor(op, "positions", positions, DType.int32, "T")
+    check_tensor(op, "slots", slots, DType.int32, "T")
+    _check_cache(op, cache, qkv, kv_heads, head_dim)
+    return q_size
+
+
+def _check_requests(
+    op: str,
+    page_table: TensorValue,
+    query_starts: TensorValue,
+    seq_lens: TensorValue,
+    max_query_len: TensorValue,
+    max_seq_len: TensorValue,
+) -> None:
+    """What tells the requests of a ragged batch apart."""
+    check_tensor(op, "page_table", page_table, DType.int32, "B", "P")
+    check_tensor(op, "query_starts", query_starts, DType.int32, "B + 1")
+    check_tensor(op, "seq_lens", seq_lens, DType.int32, "B")
+    check_tensor(op, "max_query_len", max_query_len, DType.int32)
+    check_tensor(op, "max_seq_len", max_seq_len, DType.int32)
 
 
 def _check_cache(op: str, cache: CacheView, like: TensorValue, kv_heads: int, head_dim: int) -> None:
