@@ -16,7 +16,7 @@ from ._prelude import *
 
 
 @always_inline
-def linear[
+def _linear[
     target: StaticString, has_bias: Bool, dtype: DType, out_dtype: DType
 ](
     y: Ptr[out_dtype], x: Ptr[dtype], w: Ptr[dtype], bias: Ptr[dtype], m: Int, n: Int, k: Int, ctx: DeviceContext
@@ -59,7 +59,7 @@ struct Linear:
             Error: If K is odd for bfloat16 on the CPU, or a launch fails.
         """
         var wp = w.unsafe_ptr()
-        linear[target, False](
+        _linear[target, False](
             y.unsafe_ptr(), x.unsafe_ptr(), wp, wp, x.dim_size(0), y.dim_size(1), x.dim_size(1), ctx
         )
 
@@ -93,7 +93,7 @@ struct LinearBias:
         Raises:
             Error: If K is odd for bfloat16 on the CPU, or a launch fails.
         """
-        linear[target, True](
+        _linear[target, True](
             y.unsafe_ptr(),
             x.unsafe_ptr(),
             w.unsafe_ptr(),

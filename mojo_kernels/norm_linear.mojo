@@ -18,9 +18,9 @@ Limits:    those of `linear`; residual_out is not residual, which every thread b
 from ._linear_skinny_gpu import fits_skinny, linear_skinny, skinny_warps
 from ._linear_stream_gpu import DIRECT, NORM, fits_held, fits_stream, linear_stream
 from ._prelude import *
-from .linear import linear
-from .rms_norm import add_rms_norm
-from .silu_mul import silu_mul
+from .linear import _linear
+from .rms_norm import _add_rms_norm
+from .silu_mul import _silu_mul_rows
 
 
 @always_inline
@@ -81,8 +81,8 @@ def _norm_linear[
         if fits_stream(m, n, k) and fits_held(m, k):
             _stream[has_bias, NORM, False](y, residual_out, x, residual, gain, w, bias, m, n, k, eps, ctx)
             return
-    add_rms_norm[target](normed, residual_out, x, residual, gain, m, k, eps, ctx)
-    linear[target, has_bias](y, normed, w, bias, m, n, k, ctx)
+    _add_rms_norm[target](normed, residual_out, x, residual, gain, m, k, eps, ctx)
+    _linear[target, has_bias](y, normed, w, bias, m, n, k, ctx)
 
 
 @extensibility.register("mili.norm_linear")
@@ -248,7 +248,7 @@ struct NormLinearSiluMul:
             if fits_stream(m, 2 * n, k) and fits_held(m, k):
                 _stream[False, NORM, True](yp, op, xp, rp, gp, wp, wp, m, n, k, eps, ctx)
                 return
-        add_rms_norm[target](hp, op, xp, rp, gp, m, k, eps, ctx)
+        _add_rms_norm[target](hp, op, xp, rp, gp, m, k, eps, ctx)
         comptime if is_gpu[target]() and y.dtype == BF16:
             if fits_stream(m, 2 * n, k):
                 _stream[False, DIRECT, True](yp, op, hp, rp, gp, wp, wp, m, n, k, eps, ctx)
@@ -260,5 +260,5 @@ struct NormLinearSiluMul:
                     rebind[P](yp), rebind[P](hp), w16, w16, m, n, k, skinny_warps(k), ctx
                 )
                 return
-        linear[target, False](gate_up.unsafe_ptr(), hp, wp, wp, m, 2 * n, k, ctx)
-        silu_mul[target](yp, gate_up.unsafe_ptr(), m, n, ctx)
+        _linear[target, False](gate_up.unsafe_ptr(), hp, wp, wp, m, 2 * n, k, ctx)
+        _silu_mul_rows[target](yp, gate_up.unsafe_ptr(), m, n, ctx)

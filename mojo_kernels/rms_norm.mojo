@@ -208,7 +208,7 @@ def _add_norm_gpu[
 
 
 @always_inline
-def add_rms_norm[
+def _add_rms_norm[
     target: StaticString, dtype: DType
 ](
     y: Ptr[dtype],
@@ -282,7 +282,7 @@ struct AddRmsNorm:
         Raises:
             Error: If a launch fails.
         """
-        add_rms_norm[target](
+        _add_rms_norm[target](
             y.unsafe_ptr(),
             residual_out.unsafe_ptr(),
             x.unsafe_ptr(),

@@ -72,7 +72,7 @@ def _silu_mul_gpu[dtype: DType](y: Ptr[dtype], gate_up: Ptr[dtype], tokens: Int,
 
 
 @always_inline
-def silu_mul[
+def _silu_mul_rows[
     target: StaticString, dtype: DType
 ](y: Ptr[dtype], gate_up: Ptr[dtype], tokens: Int, n: Int, ctx: DeviceContext) raises:
     """Makes y [tokens, n] of gate_up [tokens, 2n]; the fused op calls it too."""
@@ -107,4 +107,4 @@ struct SiluMul:
         Raises:
             Error: If a launch fails.
         """
-        silu_mul[target](y.unsafe_ptr(), gate_up.unsafe_ptr(), y.dim_size(0), y.dim_size(1), ctx)
+        _silu_mul_rows[target](y.unsafe_ptr(), gate_up.unsafe_ptr(), y.dim_size(0), y.dim_size(1), ctx)
