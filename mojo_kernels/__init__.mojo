@@ -2,6 +2,7 @@
 
 from .embedding import *
 from .linear import *
+from .norm_linear import *
 from .paged_attention import *
 from .qk_norm_rope_store import *
 from .rms_norm import *

@@ -1,23 +1,24 @@
-"""GPU path of `mili.linear`: chooses by shape among three kernels.
+"""GPU path of `mili.linear`: chooses by shape among four kernels.
 
-Few rows (up to 8, or 16 with a small weight): `_linear_skinny_gpu` streams the weight into tensor-core fragments.
-More rows: TMA and wgmma, `_linear_wgmma_gpu`. Of its tiles the one whose waves take least, by measured costs, is chosen.
+Up to 4 rows and a large weight: `_linear_stream_gpu` streams it through shared memory.
+Up to 8 rows (16 of the smallest) and a small weight: `_linear_skinny_gpu` holds it in registers as tensor-core fragments.
+Other bfloat16: TMA and wgmma, `_linear_wgmma_gpu`. Of its tiles the one whose waves take least, by measured costs, is chosen.
 float32, and K no multiple of 8 (the copy engine wants 16-byte rows): the tiled kernel below, for correctness only.
 `gated_linear_gpu` knows the last two only, for any number of rows.
 
 Every kernel adds in a fixed order, so results repeat bit for bit. Which kernel runs depends on M, so a row may differ
-in its last bit between batches of different size; up to 8 rows it does not. The first two fetch w before the kernel
+in its last bit between batches of different size; up to 4 rows it does not. All but the last fetch w before the kernel
 ahead has finished (programmatic dependent launch), so a kernel launched just ahead must not write w. Nothing waits on
 the host: a device graph may capture it.
 """
 
-from ._linear_skinny_gpu import MAX_WARPS, linear_skinny
+from ._linear_skinny_gpu import MAX_WARPS, fits_skinny, linear_skinny, skinny_warps
+from ._linear_stream_gpu import COPY, DIRECT, fits_held, fits_stream, linear_stream
 from ._linear_wgmma_gpu import MAX_STAGES, linear_wgmma
 from ._prelude import *
 from .silu_mul import _silu_mul
 
 comptime RING_BYTES = 220_000  # shared memory of a multiprocessor that the rings of its blocks may take
-comptime STREAM = 90_000_000  # elements of w from which on the copy engine streams it faster than warps do
 
 
 def _simt_kernel[
@@ -166,12 +167,17 @@ def _linear_bf16[
 ](y: Ptr[out_dtype], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
     """Chooses kernel, tile and split; the thresholds are measurements on an H200 (N, K of Qwen3 0.6B and 8B)."""
     comptime SMS = ctx.default_device_info.sm_count
-    if m <= 8 and n * k < STREAM:
-        var warps = ceildiv(k, 256)
-        linear_skinny[out_dtype, has_bias, 1, 2, 8](y, x, w, bias, m, n, k, warps if warps <= 12 else 8, ctx)
+    if fits_stream(m, n, k):
+        if fits_held(m, k):
+            linear_stream[out_dtype, has_bias, COPY, False](y, x, x, x, x, w, bias, m, n, k, 0, ctx)
+        else:
+            linear_stream[out_dtype, has_bias, DIRECT, False](y, x, x, x, x, w, bias, m, n, k, 0, ctx)
+        return
+    if fits_skinny(m, n, k):
+        linear_skinny[out_dtype, has_bias, False, 1, 2, 8](y, x, w, bias, m, n, k, skinny_warps(k), ctx)
         return
     if m <= 16 and n * k < 5_000_000:
-        linear_skinny[out_dtype, has_bias, 2, 2, 4](y, x, w, bias, m, n, k, min(ceildiv(k, 128), MAX_WARPS), ctx)
+        linear_skinny[out_dtype, has_bias, False, 2, 2, 4](y, x, w, bias, m, n, k, min(ceildiv(k, 128), MAX_WARPS), ctx)
         return
     _linear_tiles[out_dtype, has_bias, False](y, x, w, bias, m, n, k, ctx)
 

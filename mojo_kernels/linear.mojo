@@ -17,10 +17,11 @@ from ._prelude import *
 
 @always_inline
 def _linear[
-    target: StaticString, has_bias: Bool, static_n: Int, static_k: Int, dtype: DType, out_dtype: DType
+    target: StaticString, has_bias: Bool, dtype: DType, out_dtype: DType
 ](
     y: Ptr[out_dtype], x: Ptr[dtype], w: Ptr[dtype], bias: Ptr[dtype], m: Int, n: Int, k: Int, ctx: DeviceContext
 ) raises:
+    """Makes y [m, n]; ops that make their own x call it too. `bias` is not read without `has_bias`."""
     if m == 0:
         return
     comptime if is_cpu[target]():
@@ -58,7 +59,7 @@ struct Linear:
             Error: If K is odd for bfloat16 on the CPU, or a launch fails.
         """
         var wp = w.unsafe_ptr()
-        _linear[target, False, -1, -1](
+        _linear[target, False](
             y.unsafe_ptr(), x.unsafe_ptr(), wp, wp, x.dim_size(0), y.dim_size(1), x.dim_size(1), ctx
         )
 
@@ -92,7 +93,7 @@ struct LinearBias:
         Raises:
             Error: If K is odd for bfloat16 on the CPU, or a launch fails.
         """
-        _linear[target, True, -1, -1](
+        _linear[target, True](
             y.unsafe_ptr(),
             x.unsafe_ptr(),
             w.unsafe_ptr(),

@@ -207,6 +207,47 @@ def _add_norm_gpu[
     # --8<-- [end:launch_gpu]
 
 
+@always_inline
+def _add_rms_norm[
+    target: StaticString, dtype: DType
+](
+    y: Ptr[dtype],
+    residual_out: Ptr[dtype],
+    x: Ptr[dtype],
+    residual: Ptr[dtype],
+    weight: Ptr[dtype],
+    rows: Int,
+    h: Int,
+    eps: Float32,
+    ctx: DeviceContext,
+) raises:
+    """Adds and normalises all rows; ops that go on with y call it too."""
+    if rows == 0:
+        return
+    # --8<-- [start:dispatch]
+    comptime if is_cpu[target]():
+
+        def row(t: Int) {var}:
+            var at = t * h
+            _add_norm_row_cpu[dtype, True](
+                y.unsafe_offset(at),
+                residual_out.unsafe_offset(at),
+                x.unsafe_offset(at),
+                residual.unsafe_offset(at),
+                weight,
+                h,
+                eps,
+            )
+
+        for_each(row, rows, 4 * rows * h * size_of[dtype]())
+    elif is_gpu[target]():
+        var unused = y.unsafe_bitcast[Int32]()
+        _add_norm_gpu[dtype, False](y, residual_out, x, residual, unused, weight, rows, h, eps, ctx)
+    else:
+        comptime assert False, "mili.add_rms_norm: unsupported target"
+    # --8<-- [end:dispatch]
+
+
 # --8<-- [start:register]
 @extensibility.register("mili.add_rms_norm")
 struct AddRmsNorm:
@@ -241,31 +282,17 @@ struct AddRmsNorm:
         Raises:
             Error: If a launch fails.
         """
-        var rows = y.dim_size(0)
-        var h = y.dim_size(1)
-        if rows == 0:
-            return
-        var yp = y.unsafe_ptr()
-        var op = residual_out.unsafe_ptr()
-        var xp = x.unsafe_ptr()
-        var rp = residual.unsafe_ptr()
-        var wp = weight.unsafe_ptr()
-        # --8<-- [start:dispatch]
-        comptime if is_cpu[target]():
-
-            def row(t: Int) {var}:
-                var at = t * h
-                _add_norm_row_cpu[y.dtype, True](
-                    yp.unsafe_offset(at), op.unsafe_offset(at), xp.unsafe_offset(at), rp.unsafe_offset(at), wp, h, eps
-                )
-
-            for_each(row, rows, 4 * rows * h * size_of[y.dtype]())
-        elif is_gpu[target]():
-            var unused = yp.unsafe_bitcast[Int32]()
-            _add_norm_gpu[y.dtype, False](yp, op, xp, rp, unused, wp, rows, h, eps, ctx)
-        else:
-            comptime assert False, "mili.add_rms_norm: unsupported target"
-        # --8<-- [end:dispatch]
+        _add_rms_norm[target](
+            y.unsafe_ptr(),
+            residual_out.unsafe_ptr(),
+            x.unsafe_ptr(),
+            residual.unsafe_ptr(),
+            weight.unsafe_ptr(),
+            y.dim_size(0),
+            y.dim_size(1),
+            eps,
+            ctx,
+        )
 
 
 @extensibility.register("mili.add_rms_norm_rows")

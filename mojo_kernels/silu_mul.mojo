@@ -78,6 +78,21 @@ def _silu_mul_gpu[dtype: DType](y: Ptr[dtype], gate_up: Ptr[dtype], tokens: Int,
         launch[1]()
 
 
+@always_inline
+def _silu_mul_rows[
+    target: StaticString, dtype: DType
+](y: Ptr[dtype], gate_up: Ptr[dtype], tokens: Int, n: Int, ctx: DeviceContext) raises:
+    """Makes y [tokens, n] of gate_up [tokens, 2n]; the fused op calls it too."""
+    if tokens == 0:
+        return
+    comptime if is_cpu[target]():
+        _silu_mul_cpu[dtype](y, gate_up, tokens, n)
+    elif is_gpu[target]():
+        _silu_mul_gpu[dtype](y, gate_up, tokens, n, ctx)
+    else:
+        comptime assert False, "mili.silu_mul: unsupported target"
+
+
 @extensibility.register("mili.silu_mul")
 struct SiluMul:
     """Applies SiLU to the gate half and multiplies by the up half."""
@@ -99,12 +114,4 @@ struct SiluMul:
         Raises:
             Error: If a launch fails.
         """
-        var tokens = y.dim_size(0)
-        if tokens == 0:
-            return
-        comptime if is_cpu[target]():
-            _silu_mul_cpu[y.dtype](y.unsafe_ptr(), gate_up.unsafe_ptr(), tokens, y.dim_size(1))
-        elif is_gpu[target]():
-            _silu_mul_gpu[y.dtype](y.unsafe_ptr(), gate_up.unsafe_ptr(), tokens, y.dim_size(1), ctx)
-        else:
-            comptime assert False, "mili.silu_mul: unsupported target"
+        _silu_mul_rows[target](y.unsafe_ptr(), gate_up.unsafe_ptr(), y.dim_size(0), y.dim_size(1), ctx)

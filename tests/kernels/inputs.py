@@ -53,6 +53,14 @@ def linear_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
     return {"x": normal(rng, dtype, s["M"], s["K"]), "weight": weight, **bias}
 
 
+def norm_linear_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
+    norm = norm_inputs(rng, s, dtype)
+    rows = s["N"] if "N" in s else 2 * s["I"]
+    weight = round_to(dtype, normal(rng, dtype, rows, s["H"]) * (2 * s["H"] ** -0.5))
+    bias = {"bias": normal(rng, dtype, rows)} if s.get("bias") else {}
+    return {"x": norm["x"], "residual": norm["residual"], "gain": norm["weight"], "weight": weight, **bias}
+
+
 def store_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
     hq, hkv, d, tokens, page_size = (s[name] for name in ("Hq", "Hkv", "D", "T", "S"))
     pages, positions = -(-tokens // page_size) + 3, 2 * tokens + 5

@@ -22,6 +22,7 @@ from kernels.inputs import (
     embedding_inputs,
     linear_inputs,
     norm_inputs,
+    norm_linear_inputs,
     rope_attention_inputs,
     silu_mul_inputs,
     store_inputs,
@@ -138,6 +139,24 @@ def _linear(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
     return {"y": y if s["wide"] else a.round(y)}
 
 
+def _norm(a: Arithmetic, x: Arrays) -> tuple[Array, Array]:
+    """The rounded sum of x and residual, and its norm as the product behind it reads it."""
+    total = a.store(x["x"] + x["residual"])
+    return total, rms_norm(a, total, x["gain"], EPS)
+
+
+def _norm_linear(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
+    total, normed = _norm(a, x)
+    y = a.round(a.dot(normed, a(x["weight"])))
+    return {"y": a.round(y + a(x["bias"])) if s["bias"] else y, "residual_out": total}
+
+
+def _norm_linear_silu_mul(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
+    total, normed = _norm(a, x)
+    gate, up = (a.round(a.dot(normed, a(w))) for w in np.split(x["weight"], 2))
+    return {"y": a.round(silu(a, gate) * up), "residual_out": total}
+
+
 def _store(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
     return qk_norm_rope_store(a, x, EPS)
 
@@ -173,6 +192,7 @@ def _linear_static(k: int, n: int, bias: bool = False, wide: bool = False) -> Sh
 
 
 _TOKENS = tuple({"T": tokens} for tokens in (0, 1, 15, 16, 17))
+_FEW_TOKENS = tuple({"T": tokens} for tokens in (0, 1, 2, 8, 9, 17))  # a GPU streams the weight up to 8
 _LINEAR = (
     *(_linear_static(k, n) for k, n in ((1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (66, 101), (2, 1))),
     *(_linear_static(k, n, bias=True) for k, n in ((1024, 96), (66, 101))),
@@ -227,6 +247,26 @@ SPECS = (
         lambda s, size: (s["N"] + s["M"]) * s["K"] * size + s["M"] * s["N"] * (4 if s["wide"] else size),
         lambda s: 2 * s["M"] * s["N"] * s["K"],
         depth=lambda s: s["K"],
+    ),
+    KernelSpec(
+        "norm_linear",
+        ({"H": 1024, "N": 512, "bias": False}, {"H": 66, "N": 101, "bias": False}, {"H": 64, "N": 33, "bias": True}),
+        _FEW_TOKENS,
+        norm_linear_inputs,
+        _norm_linear,
+        lambda s, size: (s["N"] * s["H"] + s["T"] * (3 * s["H"] + s["N"])) * size,
+        lambda s: 2 * s["T"] * s["N"] * s["H"],
+        frozenset({"residual_out"}),
+    ),
+    KernelSpec(
+        "norm_linear_silu_mul",
+        ({"H": 1024, "I": 384}, {"H": 66, "I": 45}, {"H": 64, "I": 20}),
+        _FEW_TOKENS,
+        norm_linear_inputs,
+        _norm_linear_silu_mul,
+        lambda s, size: (2 * s["I"] * s["H"] + s["T"] * (3 * s["H"] + s["I"])) * size,
+        lambda s: 4 * s["T"] * s["I"] * s["H"],
+        frozenset({"residual_out"}),
     ),
     KernelSpec(
         "qk_norm_rope_store",

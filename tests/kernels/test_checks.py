@@ -9,6 +9,7 @@ from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_n
 from mili.ops.embedding import embedding
 from mili.ops.linear import linear, linear_weight_shape
 from mili.ops.norm import add_rms_norm, add_rms_norm_rows
+from mili.ops.norm_linear import norm_linear, norm_linear_silu_mul
 
 CPU, F32, BF16, I32 = DeviceRef.CPU(), DType.float32, DType.bfloat16, DType.int32
 Given = tuple[DType, tuple[int | str, ...]]
@@ -52,6 +53,31 @@ def test_norm_of_rows() -> None:
         residual=ROW,
         rows=(DType.int64, ("R",)),
         weight=GAIN,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"residual": (F32, ("T", 63))}, r"norm_linear: residual has shape \['T', 63\], expected \['T', 64\]"),
+        ({"gain": (BF16, (64,))}, "norm_linear: gain has dtype bfloat16, expected float32"),
+        ({"weight": (F32, (33, 64))}, r"norm_linear: weight has shape \[33, 64\], expected \[2, 2048\]"),
+        ({"bias": (F32, (32,))}, r"norm_linear: bias has shape \[32\], expected \[33\]"),
+    ],
+)
+def test_norm_linear(change: dict[str, Given], message: str) -> None:
+    given = {"x": ROW, "residual": ROW, "gain": GAIN, "weight": (F32, (2, 2048)), "bias": (F32, (33,)), **change}
+    refused(lambda **x: norm_linear(**x, out_features=33, eps=1e-6), message, **given)
+
+
+def test_norm_linear_silu_mul() -> None:
+    refused(
+        lambda **x: norm_linear_silu_mul(**x, width=33, eps=1e-6),
+        r"norm_linear_silu_mul: weight has shape \[2, 2048\], expected \[3, 2048\]",
+        x=ROW,
+        residual=ROW,
+        gain=GAIN,
+        weight=(F32, (2, 2048)),
     )
 
 

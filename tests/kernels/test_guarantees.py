@@ -67,7 +67,18 @@ def test_two_runs_are_equal(kernels: Kernels, spec: KernelSpec) -> None:
             check_same_bits(values, second[name], name)
 
 
-@pytest.mark.parametrize("name", ["embedding", "add_rms_norm", "silu_mul", "linear", "qk_norm_rope_store"])
+ROW_WISE = (
+    "embedding",
+    "add_rms_norm",
+    "silu_mul",
+    "linear",
+    "norm_linear",
+    "norm_linear_silu_mul",
+    "qk_norm_rope_store",
+)
+
+
+@pytest.mark.parametrize("name", ROW_WISE)
 def test_a_row_is_the_same_alone_and_in_a_crowd(cpu_kernels: Kernels, name: str) -> None:
     """Also a prompt's rows in chunks and whole: to these kernels a chunk is some rows of the batch."""
     spec = BY_NAME[name]

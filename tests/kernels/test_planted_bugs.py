@@ -33,6 +33,8 @@ SHAPES: dict[str, Shape] = {
     "add_rms_norm_rows": {"H": 95, "T": 17, "R": 6},
     "silu_mul": {"I": 45, "T": 17},
     "linear": {"K": 66, "N": 101, "M": 13, "bias": True, "wide": False},
+    "norm_linear": {"H": 66, "N": 101, "bias": True, "T": 9},
+    "norm_linear_silu_mul": {"H": 66, "I": 45, "T": 9},
     "qk_norm_rope_store": {**HEADS, "T": 17},
     "paged_attention": PAGED,
     "rope_attention": PAGED,
@@ -76,6 +78,11 @@ def bf16_sums(spec: KernelSpec, x: Arrays, shape: Shape, dtype: str) -> Arrays:
         return total
 
     return spec.compute(replace(naive(dtype), dot=dot), x, shape)
+
+
+def normed_product(rows: Array, x: Arrays) -> Array:
+    """The rows' norm times the weight."""
+    return rms_norm(naive("float32"), rows, x["gain"], 1e-6) @ x["weight"].T + x["bias"]
 
 
 def mask(shift: int) -> Bug:
@@ -149,6 +156,20 @@ BUGS: dict[str, dict[str, Bug]] = {
         ),
         "one row of a tile repeated": wrong_output("y", lambda y, x: y[[*range(12), 11]]),
         "sums in bfloat16": bf16_sums,
+    },
+    "norm_linear": {
+        "no gain": wrong_inputs(lambda x: {"gain": np.ones_like(x["gain"])}),
+        "the old residual": wrong_output("residual_out", lambda y, x: x["residual"]),
+        "the norm of x alone": wrong_output("y", lambda y, x: normed_product(x["x"], x)),
+        "no norm": wrong_output("y", lambda y, x: (x["x"] + x["residual"]) @ x["weight"].T),
+        "no bias": wrong_inputs(lambda x: {"bias": np.zeros_like(x["bias"])}),
+    },
+    "norm_linear_silu_mul": {
+        "up first": wrong_inputs(lambda x: {"weight": np.roll(x["weight"], 45, axis=0)}),
+        "halves off by one": wrong_inputs(lambda x: {"weight": np.roll(x["weight"], 1, axis=0)}),
+        "the old residual": wrong_output("residual_out", lambda y, x: x["residual"]),
+        "no gain": wrong_inputs(lambda x: {"gain": np.ones_like(x["gain"])}),
+        "a row repeated": wrong_output("y", lambda y, x: y[[*range(8), 7]]),
     },
     "qk_norm_rope_store": {
         "the next position": wrong_inputs(lambda x: {"positions": (x["positions"] + 1) % len(x["cos_sin"])}),

@@ -22,6 +22,7 @@ from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_n
 from mili.ops.embedding import embedding
 from mili.ops.linear import linear, linear_weight_shape
 from mili.ops.norm import add_rms_norm, add_rms_norm_rows
+from mili.ops.norm_linear import norm_linear, norm_linear_silu_mul
 from support.graphs import compiled_graph
 from support.reference import Array, Arrays
 
@@ -40,6 +41,8 @@ OUTPUTS = {
     "add_rms_norm_rows": ("y",),
     "silu_mul": ("y",),
     "linear": ("y",),
+    "norm_linear": ("y", "residual_out"),
+    "norm_linear_silu_mul": ("y", "residual_out"),
     "qk_norm_rope_store": ("q",),
     "paged_attention": ("out",),
     "rope_attention": ("out",),
@@ -244,6 +247,12 @@ def _ports(name: str, s: Statics, dtype: DType, on_cpu: bool) -> dict[str, Port]
         bias: dict[str, Port] = {"bias": (dtype, (s["N"],))} if s["bias"] else {}
         weight = tuple(linear_weight_shape(s["N"], s["K"], on_cpu))
         return {"x": (dtype, ("M", s["K"])), "weight": (dtype, weight), **bias}
+    if name in ("norm_linear", "norm_linear_silu_mul"):
+        rows = s["N"] if name == "norm_linear" else 2 * s["I"]
+        row: Port = (dtype, ("T", s["H"]))
+        weight = tuple(linear_weight_shape(rows, s["H"], on_cpu))
+        bias = {"bias": (dtype, (rows,))} if s.get("bias") else {}
+        return {"x": row, "residual": row, "gain": (dtype, (s["H"],)), "weight": (dtype, weight), **bias}
     k_shape, v_shape = kv_cache_shapes(LAYERS, "pages", s["Hkv"], s.get("S", "S"), s["D"], on_cpu)
     cache: dict[str, Port] = {
         "k_cache": (dtype, tuple(k_shape)),
@@ -288,6 +297,8 @@ def _place(name: str, s: Statics, x: dict[str, Any]) -> list[TensorValue]:
         "add_rms_norm": lambda: add_rms_norm(**x, eps=EPS),
         "add_rms_norm_rows": lambda: add_rms_norm_rows(**x, eps=EPS),
         "silu_mul": lambda: silu_mul(**x),
+        "norm_linear": lambda: norm_linear(**x, out_features=s["N"], eps=EPS),
+        "norm_linear_silu_mul": lambda: norm_linear_silu_mul(**x, width=s["I"], eps=EPS),
         "qk_norm_rope_store": lambda: qk_norm_rope_store(**x, eps=EPS),
         "paged_attention": lambda: paged_attention(**x, scale=s["D"] ** -0.5),
         "rope_attention": lambda: rope_attention(**x, eps=EPS, scale=s["D"] ** -0.5),

@@ -13,11 +13,11 @@ from max.graph import BufferType, BufferValue, DeviceRef, Graph, TensorType, Ten
 
 from mili.config import ModelConfig
 from mili.ops._call import kernels_path
-from mili.ops.activation import silu_mul
 from mili.ops.attention import CacheView, kv_cache_shapes, rope_attention
 from mili.ops.embedding import embedding
 from mili.ops.linear import linear, linear_weight_shape
-from mili.ops.norm import add_rms_norm, add_rms_norm_rows
+from mili.ops.norm import add_rms_norm_rows
+from mili.ops.norm_linear import norm_linear, norm_linear_silu_mul
 from mili.ops.sampling import sample
 
 __all__ = ["INPUT_NAMES", "WeightSpec", "build_graph", "weight_specs"]
@@ -211,9 +211,16 @@ def _layer(
     # --8<-- [start:layer]
     head_dim, eps = config.head_dim, config.rms_norm_eps
     cache = CacheView(step.k_cache, step.v_cache, layer)
-    x, residual = add_rms_norm(x, residual, weights["input_layernorm.weight"], eps)
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    qkv = linear(x, weights["self_attn.qkv_proj.weight"], heads * head_dim, weights.get("self_attn.qkv_proj.bias"))
+    qkv, residual = norm_linear(
+        x,
+        residual,
+        weights["input_layernorm.weight"],
+        weights["self_attn.qkv_proj.weight"],
+        heads * head_dim,
+        eps,
+        weights.get("self_attn.qkv_proj.bias"),
+    )
     q_norm, k_norm = weights["self_attn.q_norm.weight"], weights["self_attn.k_norm.weight"]
     attended = rope_attention(
         qkv,
@@ -232,9 +239,11 @@ def _layer(
         head_dim**-0.5,
     )
     x = linear(attended, weights["self_attn.o_proj.weight"], config.hidden_size, weights.get("self_attn.o_proj.bias"))
-    x, residual = add_rms_norm(x, residual, weights["post_attention_layernorm.weight"], eps)
-    gate_up = linear(x, weights["mlp.gate_up_proj.weight"], 2 * config.intermediate_size)
-    x = linear(silu_mul(gate_up), weights["mlp.down_proj.weight"], config.hidden_size)
+    gain = weights["post_attention_layernorm.weight"]
+    x, residual = norm_linear_silu_mul(
+        x, residual, gain, weights["mlp.gate_up_proj.weight"], config.intermediate_size, eps
+    )
+    x = linear(x, weights["mlp.down_proj.weight"], config.hidden_size)
     return x, residual
     # --8<-- [end:layer]
 

@@ -1,0 +1,268 @@
+"""A matrix product of normed activations: the residual add, the RMSNorm and the product behind it in one op.
+
+Math:      r = round(x + residual);  h = round(r / sqrt(mean(r^2) + eps) * gain)
+           norm_linear:          y = h w^T (+ bias)
+           norm_linear_silu_mul: y = silu(h wg^T) * (h wu^T), w = [wg; wu]; both products are rounded before the SiLU
+Shapes:    residual_out [T, H] = x [T, H], residual [T, H], gain [H]; normed [T, H] holds h where it is not kept on chip
+           norm_linear:          y [T, N], w as for `linear` with N rows, bias [N]
+           norm_linear_silu_mul: y [T, I], w as for `linear` with 2I rows; gate_up [T, 2I] holds the products before the SiLU on the CPU
+Dtypes:    bfloat16 or float32, as `add_rms_norm`, `linear` and `silu_mul`, whose every rounding is kept
+CPU:       those three, one after the other
+GPU:       up to 4 rows in bfloat16 and a large weight: one kernel that streams w, `_linear_stream_gpu`, the norm inside it too
+           while T H is small (`fits_held`); up to 8 rows and a small weight: the norm, then `_linear_skinny_gpu` with the SiLU
+           inside; more rows: the norm, then `_linear_wgmma_gpu`, for the second op with the SiLU inside
+Bound:     bytes = (N H + 3 T H + T N) sizeof(dtype); flops = 2 T N H
+Limits:    those of `linear`; residual_out is not residual, which every thread block reads
+"""
+
+from ._linear_gpu import gated_linear_gpu
+from ._linear_skinny_gpu import fits_skinny, linear_skinny, skinny_warps
+from ._linear_stream_gpu import DIRECT, NORM, fits_held, fits_stream, linear_stream
+from ._prelude import *
+from .linear import _linear
+from .rms_norm import _add_rms_norm
+from .silu_mul import _silu_mul_rows
+
+
+@always_inline
+def _stream[
+    has_bias: Bool, INPUT: Int, GATED: Bool, dtype: DType
+](
+    y: Ptr[dtype],
+    residual_out: Ptr[dtype],
+    x: Ptr[dtype],
+    residual: Ptr[dtype],
+    gain: Ptr[dtype],
+    w: Ptr[dtype],
+    bias: Ptr[dtype],
+    m: Int,
+    n: Int,
+    k: Int,
+    eps: Float32,
+    ctx: DeviceContext,
+) raises:
+    comptime P = Ptr[BF16]
+    linear_stream[BF16, has_bias, INPUT, GATED](
+        rebind[P](y),
+        rebind[P](residual_out),
+        rebind[P](x),
+        rebind[P](residual),
+        rebind[P](gain),
+        rebind[P](w),
+        rebind[P](bias),
+        m,
+        n,
+        k,
+        eps,
+        ctx,
+    )
+
+
+@always_inline
+def _norm_linear[
+    target: StaticString, has_bias: Bool, dtype: DType
+](
+    y: Ptr[dtype],
+    residual_out: Ptr[dtype],
+    normed: Ptr[dtype],
+    x: Ptr[dtype],
+    residual: Ptr[dtype],
+    gain: Ptr[dtype],
+    w: Ptr[dtype],
+    bias: Ptr[dtype],
+    m: Int,
+    n: Int,
+    k: Int,
+    eps: Float32,
+    ctx: DeviceContext,
+) raises:
+    if m == 0:
+        return
+    comptime if is_gpu[target]() and dtype == BF16:
+        if fits_stream(m, n, k) and fits_held(m, k):
+            _stream[has_bias, NORM, False](y, residual_out, x, residual, gain, w, bias, m, n, k, eps, ctx)
+            return
+    _add_rms_norm[target](normed, residual_out, x, residual, gain, m, k, eps, ctx)
+    _linear[target, has_bias](y, normed, w, bias, m, n, k, ctx)
+
+
+@extensibility.register("mili.norm_linear")
+struct NormLinear:
+    """Adds x to the residual stream, normalises the sum and multiplies it with a weight."""
+
+    @staticmethod
+    def execute[
+        target: StaticString, eps: Float32
+    ](
+        y: OutputTensor[rank=2, ...],
+        residual_out: OutputTensor[dtype=y.dtype, rank=2, ...],
+        normed: OutputTensor[dtype=y.dtype, rank=2, ...],
+        x: InputTensor[dtype=y.dtype, rank=2, ...],
+        residual: InputTensor[dtype=y.dtype, rank=2, ...],
+        gain: InputTensor[dtype=y.dtype, rank=1, ...],
+        w: InputTensor[dtype=y.dtype, rank=2, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """Runs the op.
+
+        Parameters:
+            target: "cpu" or "gpu".
+            eps: Added to the mean square.
+
+        Args:
+            y: Product [T, N].
+            residual_out: Sum x + residual [T, H].
+            normed: Scratch [T, H].
+            x: Output of the previous block [T, H].
+            residual: Residual stream [T, H].
+            gain: Gain of the norm [H].
+            w: Weight, packed on the CPU.
+            ctx: Device context.
+
+        Raises:
+            Error: If H is odd for bfloat16 on the CPU, or a launch fails.
+        """
+        var wp = w.unsafe_ptr()
+        _norm_linear[target, False](
+            y.unsafe_ptr(),
+            residual_out.unsafe_ptr(),
+            normed.unsafe_ptr(),
+            x.unsafe_ptr(),
+            residual.unsafe_ptr(),
+            gain.unsafe_ptr(),
+            wp,
+            wp,
+            y.dim_size(0),
+            y.dim_size(1),
+            x.dim_size(1),
+            eps,
+            ctx,
+        )
+
+
+@extensibility.register("mili.norm_linear_bias")
+struct NormLinearBias:
+    """The same with a bias per output."""
+
+    @staticmethod
+    def execute[
+        target: StaticString, eps: Float32
+    ](
+        y: OutputTensor[rank=2, ...],
+        residual_out: OutputTensor[dtype=y.dtype, rank=2, ...],
+        normed: OutputTensor[dtype=y.dtype, rank=2, ...],
+        x: InputTensor[dtype=y.dtype, rank=2, ...],
+        residual: InputTensor[dtype=y.dtype, rank=2, ...],
+        gain: InputTensor[dtype=y.dtype, rank=1, ...],
+        w: InputTensor[dtype=y.dtype, rank=2, ...],
+        bias: InputTensor[dtype=y.dtype, rank=1, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """Runs the op.
+
+        Parameters:
+            target: "cpu" or "gpu".
+            eps: Added to the mean square.
+
+        Args:
+            y: Product [T, N].
+            residual_out: Sum x + residual [T, H].
+            normed: Scratch [T, H].
+            x: Output of the previous block [T, H].
+            residual: Residual stream [T, H].
+            gain: Gain of the norm [H].
+            w: Weight, packed on the CPU.
+            bias: Added to each row [N].
+            ctx: Device context.
+
+        Raises:
+            Error: If H is odd for bfloat16 on the CPU, or a launch fails.
+        """
+        _norm_linear[target, True](
+            y.unsafe_ptr(),
+            residual_out.unsafe_ptr(),
+            normed.unsafe_ptr(),
+            x.unsafe_ptr(),
+            residual.unsafe_ptr(),
+            gain.unsafe_ptr(),
+            w.unsafe_ptr(),
+            bias.unsafe_ptr(),
+            y.dim_size(0),
+            y.dim_size(1),
+            x.dim_size(1),
+            eps,
+            ctx,
+        )
+
+
+@extensibility.register("mili.norm_linear_silu_mul")
+struct NormLinearSiluMul:
+    """Norm, gate and up projection and activation: an MLP up to its last product."""
+
+    @staticmethod
+    def execute[
+        target: StaticString, eps: Float32
+    ](
+        y: OutputTensor[rank=2, ...],
+        residual_out: OutputTensor[dtype=y.dtype, rank=2, ...],
+        normed: OutputTensor[dtype=y.dtype, rank=2, ...],
+        gate_up: OutputTensor[dtype=y.dtype, rank=2, ...],
+        x: InputTensor[dtype=y.dtype, rank=2, ...],
+        residual: InputTensor[dtype=y.dtype, rank=2, ...],
+        gain: InputTensor[dtype=y.dtype, rank=1, ...],
+        w: InputTensor[dtype=y.dtype, rank=2, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """Runs the op.
+
+        Parameters:
+            target: "cpu" or "gpu".
+            eps: Added to the mean square.
+
+        Args:
+            y: Activations [T, I].
+            residual_out: Sum x + residual [T, H].
+            normed: Scratch [T, H].
+            gate_up: Scratch [T, 2I], unused on the GPU.
+            x: Output of the previous block [T, H].
+            residual: Residual stream [T, H].
+            gain: Gain of the norm [H].
+            w: Weight of gate, then up, packed on the CPU.
+            ctx: Device context.
+
+        Raises:
+            Error: If H is odd for bfloat16 on the CPU, or a launch fails.
+        """
+        var m = y.dim_size(0)
+        var n = y.dim_size(1)
+        var k = x.dim_size(1)
+        if m == 0:
+            return
+        var yp = y.unsafe_ptr()
+        var op = residual_out.unsafe_ptr()
+        var hp = normed.unsafe_ptr()
+        var xp = x.unsafe_ptr()
+        var rp = residual.unsafe_ptr()
+        var gp = gain.unsafe_ptr()
+        var wp = w.unsafe_ptr()
+        comptime if is_gpu[target]() and y.dtype == BF16:
+            if fits_stream(m, 2 * n, k) and fits_held(m, k):
+                _stream[False, NORM, True](yp, op, xp, rp, gp, wp, wp, m, n, k, eps, ctx)
+                return
+        _add_rms_norm[target](hp, op, xp, rp, gp, m, k, eps, ctx)
+        comptime if is_gpu[target]() and y.dtype == BF16:
+            if fits_stream(m, 2 * n, k):
+                _stream[False, DIRECT, True](yp, op, hp, rp, gp, wp, wp, m, n, k, eps, ctx)
+                return
+            if fits_skinny(m, 2 * n, k):
+                comptime P = Ptr[BF16]
+                var w16 = rebind[P](wp)
+                linear_skinny[BF16, False, True, 1, 2, 8](
+                    rebind[P](yp), rebind[P](hp), w16, w16, m, n, k, skinny_warps(k), ctx
+                )
+                return
+        comptime if is_gpu[target]():
+            gated_linear_gpu(yp, hp, wp, m, n, k, ctx)
+        else:
+            _linear[target, False](gate_up.unsafe_ptr(), hp, wp, wp, m, 2 * n, k, ctx)
+            _silu_mul_rows[target](yp, gate_up.unsafe_ptr(), m, n, ctx)
