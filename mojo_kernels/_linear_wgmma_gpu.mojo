@@ -34,9 +34,7 @@ comptime MAX_STAGES = 16
 
 # Rows that one copy brings: a gate and its up projection are two copies, and each block of a cluster brings a share of B.
 comptime _A_BOX[GATED: Bool, SWAP: Bool, GROUPS: Int] = 64 * GROUPS // (2 if GATED and SWAP else 1)
-comptime _B_BOX[GATED: Bool, SWAP: Bool, COLUMNS: Int, SHARE: Int] = COLUMNS // max(
-    SHARE, 2 if GATED and not SWAP else 1
-)
+comptime _B_BOX[GATED: Bool, SWAP: Bool, COLUMNS: Int, SHARE: Int] = COLUMNS // max(SHARE, 2 if GATED and not SWAP else 1)
 comptime _Tma[ROWS: Int] = TMATensorTile[BF16, coord[ROWS, BK], coord[ROWS, BK]]
 
 # Two warpgroups with 256 columns hold 128 sums a thread: a whole producer warpgroup gives its registers up for them.
@@ -125,27 +123,18 @@ def _wgmma_kernel[
                 # A gate's up projection lies N rows further down.
                 comptime if a:
                     comptime for part in range(ROWS // A_BOX):
-                        a_tma.async_copy(
-                            TileTensor(stage.unsafe_offset(part * A_BOX * BK), A_LAYOUT),
-                            full[unsafe_offset=slot],
-                            (k, row + part * N),
-                        )
+                        var to = TileTensor(stage.unsafe_offset(part * A_BOX * BK), A_LAYOUT)
+                        a_tma.async_copy(to, full[unsafe_offset=slot], (k, row + part * N))
                 else:
                     comptime if SHARE == 1:
                         comptime for part in range(COLUMNS // B_BOX):
-                            b_tma.async_copy(
-                                TileTensor(stage.unsafe_offset(A_ELEMS + part * B_BOX * BK), B_BOX_LAYOUT),
-                                full[unsafe_offset=slot],
-                                (k, row + part * N),
-                            )
+                            var to = TileTensor(stage.unsafe_offset(A_ELEMS + part * B_BOX * BK), B_BOX_LAYOUT)
+                            b_tma.async_copy(to, full[unsafe_offset=slot], (k, row + part * N))
                     else:
                         var at = rank * B_BOX
-                        b_tma.async_multicast_load(
-                            TileTensor(stage.unsafe_offset(A_ELEMS + at * BK), B_BOX_LAYOUT),
-                            full[unsafe_offset=slot],
-                            (k, row + at // B_STEP * N + at % B_STEP),
-                            UInt16((1 << SHARE) - 1),
-                        )
+                        var to = TileTensor(stage.unsafe_offset(A_ELEMS + at * BK), B_BOX_LAYOUT)
+                        var from_ = (k, row + at // B_STEP * N + at % B_STEP)
+                        b_tma.async_multicast_load(to, full[unsafe_offset=slot], from_, UInt16((1 << SHARE) - 1))
 
             # w does not depend on the kernel ahead: its first stages are under way before that one ends.
             var ahead = min(stages, k_count)
@@ -278,8 +267,7 @@ def linear_wgmma[
 ) raises:
     """Launches at most `max_blocks` blocks, or with `split` 2, 4 or 8 a cluster of that many blocks per tile.
 
-    Clusters of SHARE blocks, with split 1 only, load one tile of B together.
-    n counts the columns of y. A gated w has 2n rows, a gated and swapped launch needs a block for each tile.
+    Clusters of SHARE blocks need split 1; a gated and swapped launch a block for each tile. A gated w has 2n rows.
     """
     comptime ROWS = 64 * GROUPS
     var part = (COLUMNS * (ROWS + PAD) if SWAP else ROWS * (COLUMNS + PAD)) * 4 if split > 1 or (GATED and SWAP) else 0
@@ -287,15 +275,12 @@ def linear_wgmma[
     comptime kernel = _wgmma_kernel[out_dtype, has_bias, GATED, SWAP, GROUPS, COLUMNS, SHARE]
     comptime A_BOX = _A_BOX[GATED, SWAP, GROUPS]
     comptime B_BOX = _B_BOX[GATED, SWAP, COLUMNS, SHARE]
-    comptime B_STEP = COLUMNS // (2 if GATED and not SWAP else 1)
     var w_rows = 2 * n if GATED else n
-    var a_rows = w_rows if SWAP else m
-    var b_rows = m if SWAP else w_rows
-    var a = TileTensor(w if SWAP else x, row_major(Coord(a_rows, k)))
-    var b = TileTensor(x if SWAP else w, row_major(Coord(b_rows, k)))
+    var a = TileTensor(w if SWAP else x, row_major(Coord(w_rows if SWAP else m, k)))
+    var b = TileTensor(x if SWAP else w, row_major(Coord(m if SWAP else w_rows, k)))
     var a_tma = create_tensor_tile[coord[A_BOX, BK], swizzle_mode=SW](ctx, a)
     var b_tma = create_tensor_tile[coord[B_BOX, BK], swizzle_mode=SW](ctx, b)
-    var tiles = ceildiv(n if SWAP else m, A_BOX * SHARE) * ceildiv(m if SWAP else n, B_STEP)
+    var tiles = ceildiv(n if SWAP else m, A_BOX * SHARE) * ceildiv(m if SWAP else n, COLUMNS // (2 if GATED and not SWAP else 1))
     ctx.enqueue_function[kernel](
         a_tma,
         b_tma,
