@@ -2,7 +2,7 @@
 
 A chapter quotes a region of a file by a comment and the fenced block after it:
 
-    <!-- --8<-- "mojo_kernels/rms_norm.mojo:row_cpu" -->
+    <!-- --8<-- "mojo_kernels/_rms_norm_cpu.mojo:row_cpu" -->
 
 The file marks the region with comments `--8<-- [start:row_cpu]` and `--8<-- [end:row_cpu]`, as pymdownx.snippets does.
 The code is written into the chapter, so that a plain Git host shows it.

@@ -9,7 +9,7 @@ the kernels of a step, so this can be more than main memory delivers.
 
 from mojo_kernels._parallel import for_each
 from mojo_kernels._prelude import *
-from mojo_kernels.rms_norm import _add_norm_row_cpu
+from mojo_kernels._rms_norm_cpu import _add_norm_row_cpu
 from std.memory.alloc import unsafe_alloc
 from std.time import perf_counter_ns
 

@@ -13,7 +13,8 @@ the host: a device graph may capture it.
 """
 
 from ._linear_skinny_gpu import MAX_WARPS, fits_skinny, linear_skinny, skinny_warps
-from ._linear_stream_gpu import COPY, DIRECT, fits_held, fits_stream, linear_stream
+from ._linear_stream_gpu import fits_held, fits_stream, linear_stream
+from ._linear_stream_kernel_gpu import COPY, DIRECT
 from ._linear_wgmma_gpu import MAX_STAGES, linear_wgmma
 from ._prelude import *
 from .silu_mul import _silu_mul

@@ -1,4 +1,4 @@
-"""What a block of `_linear_stream_gpu` does before it multiplies: x + residual and its RMSNorm, into shared memory.
+"""What a block of `_linear_stream_kernel_gpu` does before it multiplies: x + residual and its RMSNorm, into shared memory.
 
 Every block does it for all rows; block 0 writes the new residual. The rounding is that of `add_rms_norm`, and the sum of
 squares runs in an order of its own: threads, warps, then the 8 warps in order.

@@ -1,6 +1,7 @@
 """Decode: how many blocks share a request, and how deep their rings are."""
 
-from ._paged_attention_gpu_decode_kernel import CHUNK, HEADS, PARTS, THREADS, WARPS, _decode_kernel
+from ._paged_attention_gpu_decode_kernel import _decode_kernel
+from ._paged_attention_gpu_decode_parts import CHUNK, HEADS, PARTS, THREADS, WARPS
 from ._prelude import *
 from max.gpu.host import Dim, FuncAttribute
 from std.bit import log2_floor

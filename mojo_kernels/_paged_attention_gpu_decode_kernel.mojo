@@ -6,6 +6,7 @@ Sums:    keys come in tiles of 64; warp w has chunk w of 16 keys of each tile. T
          in order: in a lone block as they come; in a cluster each block sends its part, a share of the dims to every block,
          and each adds up its share. How many blocks there are changes who adds, not what is added: a row has the same bits
          whatever the batch, and the number of blocks is free to fill the chip.
+         This file makes a warp's sums, `_paged_attention_gpu_decode_merge` adds them up.
 Copies:  a warp fetches its chunks by cp.async into a ring of its own, without a block barrier: K of a chunk, then V, one slot
          each. Keys past the end are zeros there, with weight 0.
 Products: mma.sync m16n8k16, s [heads, keys] = q k^T, the heads as the first 8 of 16 rows, the rest zero; o^T [dims, heads] =
@@ -14,41 +15,19 @@ Fused:   the kernel takes the rows of the QKV projection. Each block normalises 
          with the newest key also that key, which with its value goes from shared memory to the cache and into the ring. No
          block reads that slot, so none need wait for another. All older keys were written by earlier steps, and every kernel
          since has waited for the one before it to complete (wait_on_dependent_grids): they are fetched before this one waits.
+         The rows themselves: `_paged_attention_gpu_decode_parts`.
 """
 
-from ._norm_rope_gpu import PAIRS, load_pairs, norm_rope
-from ._paged_attention_gpu_math import LOG2E, VEC, _exp2, _inverse, _push, _push_pair, _quad_max, _quad_sum
+from ._paged_attention_gpu_decode_merge import _Sums
+from ._paged_attention_gpu_decode_parts import CHUNK, HEADS, PARTS, THREADS, TILE, WARPS, _Projected
+from ._paged_attention_gpu_math import LOG2E, VEC, _exp2, _quad_max
 from ._prelude import *
 from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, syncwarp
 from max.gpu.compute.mma import ld_matrix, mma
 from max.gpu.memory import async_copy, async_copy_commit_group, async_copy_wait_group, external_memory
-from max.gpu.primitives.cluster import cluster_arrive, cluster_arrive_relaxed, cluster_wait
+from max.gpu.primitives.cluster import cluster_arrive_relaxed, cluster_wait
 from std.bit import log2_floor
 from std.utils.static_tuple import StaticTuple
-
-comptime WARPS = 4
-comptime THREADS = WARPS * 32
-comptime CHUNK = 16  # keys of one warp at a time: the k of one mma for p v
-comptime TILE = WARPS * CHUNK
-comptime HEADS = 8  # query heads per block: the rows of an mma that are used
-comptime PARTS = 8  # of the tiles of a request; at most so many blocks, and 8 is the most that every device grants a cluster
-
-
-@always_inline
-def _add_part(
-    mut total: SIMD[F32, 4],
-    mut total_m: Float32,
-    mut total_l: Float32,
-    part: SIMD[F32, 4],
-    part_m: Float32,
-    part_l: Float32,
-):
-    var top = max(total_m, part_m)
-    var fade = _exp2(total_m - top)
-    var gain = _exp2(part_m - top)
-    total_m = top
-    total_l = total_l.fma(fade, part_l * gain)
-    total = total.fma(SIMD[F32, 4](fade), part * gain)
 
 
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))
@@ -80,9 +59,7 @@ def _decode_kernel[
     comptime CHUNK_SIZE = CHUNK * head_dim
     comptime K_STEPS = head_dim // 16
     comptime O_TILES = head_dim // 16
-    comptime PART_LD = head_dim + 4  # padded: the stores of the merge fall into different banks
-    comptime Q_LD = head_dim + VEC  # likewise, for ldmatrix
-    comptime HALF = head_dim // 2
+    comptime Q_LD = _Projected[dtype, head_dim, fused].Q_LD
     comptime FACTOR = scale * LOG2E
     var request = block_idx.z
     var num_blocks = Int32(1) << log_blocks if split else Int32(1)
@@ -121,6 +98,7 @@ def _decode_kernel[
         return
     comptime if split:
         cluster_arrive_relaxed()  # this block runs: its shared memory may be written to
+    # --8<-- [start:parts]
     var tiles = ceildiv(seq_len, Int32(TILE))
 
     @always_inline
@@ -130,6 +108,7 @@ def _decode_kernel[
 
     var first_part = (rank << Int32(log2_floor(PARTS))) >> log_blocks
     var last_part = ((rank + 1) << Int32(log2_floor(PARTS))) >> log_blocks
+    # --8<-- [end:parts]
     var key = tile_of(first_part) * Int32(TILE) + Int32(warp_index * CHUNK)
     var last_key = seq_len - 1
     var fetched_keys = last_key if fused else seq_len  # of these the cache holds K and V
@@ -138,21 +117,7 @@ def _decode_kernel[
         chunk_pages = page_at(key + Int32(lane * TILE))
     var heads = min(HEADS, Int(group - first_head))
     var first_row = Int((token * num_kv_heads + kv_head) * group + first_head) * head_dim
-
-    comptime LANES = HALF // PAIRS
-    var own = tid // LANES  # when fused: a query head, then k, then v; the threads past it repeat v
-    var own_at = tid % LANES * PAIRS
-    var weight_low = SIMD[F32, PAIRS](0)
-    var weight_high = SIMD[F32, PAIRS](0)
-    var c = SIMD[F32, PAIRS](0)
-    var s = SIMD[F32, PAIRS](0)
-    comptime if fused:
-        var weight = q_norm if own < heads else k_norm
-        weight_low = load_pairs[dtype](weight, own_at)
-        weight_high = load_pairs[dtype](weight, own_at + HALF)
-        c = load_pairs[F32](cos_sin, Int(position) * head_dim + own_at)
-        s = load_pairs[F32](cos_sin, Int(position) * head_dim + own_at + HALF)
-
+    var projected = _Projected[dtype, head_dim, fused](heads, position, q_norm, k_norm, cos_sin)
     var smem = external_memory[Scalar[dtype], address_space=AddressSpace.SHARED, alignment=128]()
     var ring = smem.unsafe_offset(warp_index * slots * CHUNK_SIZE)
     # 16-byte vector c of row r is kept at c ^ (r mod 8), so that the 8 rows of an ldmatrix fall into different banks.
@@ -168,6 +133,7 @@ def _decode_kernel[
     var ahead_key = key
     var ahead_page = Int32(0)
 
+    # --8<-- [start:fetch]
     @always_inline
     def fetch[of_values: Bool](slot: Int) {mut ahead, mut ahead_key, mut ahead_page, mut chunk_pages, imm}:
         """Starts copying K of the chunk ahead, or V and then moves on to the chunk after it."""
@@ -195,6 +161,7 @@ def _decode_kernel[
         comptime if of_values:
             ahead += 1
             ahead_key += Int32(TILE)
+    # --8<-- [end:fetch]
 
     # Only the last key of a request is written by this step, in the kernel before this one, which may still run, or here.
     comptime for slot in range(slots):
@@ -207,32 +174,23 @@ def _decode_kernel[
     var q_rows = unsafe_stack_allocation[HEADS * Q_LD, Scalar[dtype], alignment=16, address_space=AddressSpace.SHARED]()
     var new_kv = unsafe_stack_allocation[2 * head_dim, Scalar[dtype], alignment=16, address_space=AddressSpace.SHARED]()
     comptime if fused:
-        if warp_index * (WARP_SIZE // LANES) < heads + 2:
-            var column = kv_head * group + first_head + Int32(own)
-            if own >= heads:
-                column = num_kv_heads * group + kv_head + (num_kv_heads if own > heads else Int32(0))
-            var x = q.unsafe_offset(Int(token * num_kv_heads * (group + 2) + column) * head_dim + own_at)
-            var stored_low = x.unsafe_load[width=VEC, alignment=16](0)
-            var stored_high = x.unsafe_load[width=VEC, alignment=16](HALF)
-            var low = stored_low.cast[F32]()
-            var high = stored_high.cast[F32]()
-            norm_rope[head_dim](low, high, weight_low, weight_high, c, s, eps)
-            if own <= heads:
-                stored_low = low.cast[dtype]()
-                stored_high = high.cast[dtype]()
-            if own < heads:
-                q_rows.unsafe_store[alignment=16](own * Q_LD + own_at, stored_low)
-                q_rows.unsafe_store[alignment=16](own * Q_LD + own_at + HALF, stored_high)
-            elif own < heads + 2 and rank == num_blocks - 1:
-                var to = (own - heads) * head_dim + own_at
-                new_kv.unsafe_store[alignment=16](to, stored_low)
-                new_kv.unsafe_store[alignment=16](to + HALF, stored_high)
-                if first_head == 0:
-                    var line = (new_slot // Int32(page_size) * num_kv_heads + kv_head) * Int32(page_size)
-                    line += new_slot % Int32(page_size)
-                    var cache = (k_layer if own == heads else v_layer).unsafe_offset(Int(line) * head_dim + own_at)
-                    cache.unsafe_store[alignment=16](0, stored_low)
-                    cache.unsafe_store[alignment=16](HALF, stored_high)
+        projected.place[page_size](
+            warp_index,
+            q_rows,
+            new_kv,
+            q,
+            k_layer,
+            v_layer,
+            token,
+            group,
+            first_head,
+            kv_head,
+            num_kv_heads,
+            heads,
+            new_slot,
+            rank == num_blocks - 1,
+            eps,
+        )
     else:
         for i in range(tid, heads * ROW_VECS, THREADS):
             var vector = q.unsafe_load[width=VEC, alignment=16](first_row + i * VEC)
@@ -256,23 +214,9 @@ def _decode_kernel[
                 var vector = new_kv.unsafe_load[width=VEC, alignment=16](values * head_dim + copy_vec * VEC)
                 ring.unsafe_store[alignment=16](to, vector)
 
-    # The sums of a part: of each warp [warp, head, dim] with m and l; then of the block, which a thread has 4 dims of, or 8.
-    comptime HEAD_VECS = head_dim // 4
-    comptime THREAD_VECS = ceildiv(HEADS * HEAD_VECS, THREADS)
-    var warp_o = smem.unsafe_offset(WARPS * slots * CHUNK_SIZE).unsafe_bitcast[Float32]()
-    var warp_size = heads * PART_LD
-    var warp_m = unsafe_stack_allocation[WARPS * HEADS, Float32, address_space=AddressSpace.SHARED]()
-    var warp_l = unsafe_stack_allocation[WARPS * HEADS, Float32, address_space=AddressSpace.SHARED]()
-    var total = Array[SIMD[F32, 4], THREAD_VECS](fill=0)
-    var total_m = Array[Float32, THREAD_VECS](fill=Float32.MIN_FINITE)
-    var total_l = Array[Float32, THREAD_VECS](fill=0)
-    # A block's inbox: [part, head, its share of the dims], and m and l of [part, head].
-    var log_share = Int32(log2_floor(HEAD_VECS)) - log_blocks
-    var share = Int(Int32(1) << log_share)  # vectors of 4 dims
-    var inbox = warp_o.unsafe_offset(WARPS * warp_size)
-    var inbox_ml = unsafe_stack_allocation[
-        PARTS * HEADS * 2 if split else 2, Float32, alignment=16, address_space=AddressSpace.SHARED
-    ]()
+    var sums = _Sums[head_dim, split](
+        smem.unsafe_offset(WARPS * slots * CHUNK_SIZE).unsafe_bitcast[Float32](), heads, log_blocks
+    )
     comptime if split:
         cluster_wait()
 
@@ -294,23 +238,24 @@ def _decode_kernel[
         var m = Float32.MIN_FINITE
         var l = Float32(0)
         while key < part_end:
+            # --8<-- [start:products]
             async_copy_wait_group(Int32(slots - 1))
             put_new(0, slot)
             syncwarp()
             var chunk = ring.unsafe_offset(slot * CHUNK_SIZE)
             # This lane gets, of head lane / 4, the scores of keys 2 c, 2 c + 1, 2 c + 8 and 2 c + 9 of the chunk.
-            var sums = Array[SIMD[F32, 4], 4](fill=0)  # of even and of odd steps: two short chains of mma, not a long one
+            var chains = Array[SIMD[F32, 4], 4](fill=0)  # of even and of odd steps: two short chains of mma, not a long one
             comptime for i in range(K_STEPS):
                 var k = ld_matrix[simd_width=8](chunk.unsafe_offset(matrix ^ (i * 16)))
                 comptime to = i % 2 * 2
-                mma(sums[to], q_frag[i], k.slice[4, offset=0](), sums[to])
-                mma(sums[to + 1], q_frag[i], k.slice[4, offset=4](), sums[to + 1])
+                mma(chains[to], q_frag[i], k.slice[4, offset=0](), chains[to])
+                mma(chains[to + 1], q_frag[i], k.slice[4, offset=4](), chains[to + 1])
             syncwarp()
             fetch[slots % 2 == 1](slot)
             slot = slot + 1 if slot + 1 < slots else 0
 
-            var scores = SIMD[F32, 4](sums[0][0], sums[0][1], sums[1][0], sums[1][1])
-            scores = (scores + SIMD[F32, 4](sums[2][0], sums[2][1], sums[3][0], sums[3][1])) * FACTOR
+            var scores = SIMD[F32, 4](chains[0][0], chains[0][1], chains[1][0], chains[1][1])
+            scores = (scores + SIMD[F32, 4](chains[2][0], chains[2][1], chains[3][0], chains[3][1])) * FACTOR
             var at = SIMD[DType.int32, 4](0, 1, 8, 9) + (key + Int32(lane % 4 * 2))
             scores = at.lt(seq_len).select(scores, SIMD[F32, 4](Float32.MIN_FINITE))
             var top = max(m, _quad_max(scores.reduce_max()))
@@ -330,66 +275,15 @@ def _decode_kernel[
                 var v = ld_matrix[simd_width=8, transpose=True](chunk.unsafe_offset(matrix ^ (i * 16)))
                 o[i] *= fades
                 mma(o[i], v, p_frag, o[i])
+            # --8<-- [end:products]
             syncwarp()
             fetch[slots % 2 == 0](slot)
             slot = slot + 1 if slot + 1 < slots else 0
             key += Int32(TILE)
         if part > first_part:
             barrier()  # all have read the part before
-        l = _quad_sum(l)
-        if lane % 4 == 0:
-            warp_m[unsafe_offset=warp_index * HEADS + lane // 4] = m
-            warp_l[unsafe_offset=warp_index * HEADS + lane // 4] = l
-        # This lane has dims lane / 4 and lane / 4 + 8 of each 16, heads 2 c and 2 c + 1.
-        comptime for h in range(2):
-            var head = lane % 4 * 2 + h
-            if head < heads:
-                var to = warp_index * warp_size + head * PART_LD + lane // 4
-                comptime for i in range(O_TILES):
-                    warp_o[unsafe_offset=to + i * 16] = o[i][h]
-                    warp_o[unsafe_offset=to + i * 16 + 8] = o[i][h + 2]
+        sums.put_warp(warp_index, lane, o, m, l)
         barrier()
-        comptime for n in range(THREAD_VECS):
-            var i = tid + n * THREADS
-            if i < heads * HEAD_VECS:
-                var head = i // HEAD_VECS
-                var column = i % HEAD_VECS
-                var top = Float32.MIN_FINITE
-                comptime for w in range(WARPS):
-                    top = max(top, warp_m[unsafe_offset=w * HEADS + head])
-                var sum = Float32(0)
-                var acc = SIMD[F32, 4](0)
-                comptime for w in range(WARPS):
-                    var weight = _exp2(warp_m[unsafe_offset=w * HEADS + head] - top)
-                    sum = weight.fma(warp_l[unsafe_offset=w * HEADS + head], sum)
-                    var x = warp_o.unsafe_load[width=4, alignment=16](w * warp_size + head * PART_LD + column * 4)
-                    acc = x.fma(SIMD[F32, 4](weight), acc)
-                comptime if split:
-                    var owner = Int32(column) >> log_share
-                    var box = Int(part) * heads + head
-                    var to = Int32(Int(inbox.unsafe_offset((box * share + (column & (share - 1))) * 4)))
-                    _push(to, owner, SIMD[F32, 4](-0.0) if is_empty else acc)  # -0 is what changes no sum
-                    if column < Int(num_blocks):
-                        _push_pair(Int32(Int(inbox_ml.unsafe_offset(box * 2))), Int32(column), top, sum)
-                else:
-                    _add_part(total[n], total_m[n], total_l[n], acc, top, sum)
+        sums.add_warps(part, is_empty, num_blocks)
 
-    comptime if not split:
-        comptime for n in range(THREAD_VECS):
-            var i = tid + n * THREADS
-            if i < heads * HEAD_VECS:
-                var row = (total[n] * _inverse(total_l[n])).cast[dtype]()
-                output.unsafe_store[alignment=8](first_row + i * 4, row)
-    else:
-        cluster_arrive()
-        cluster_wait()
-        if tid < heads * share:
-            var head = Int(Int32(tid) >> log_share)
-            var column = tid & (share - 1)
-            comptime for part in range(PARTS):
-                var box = part * heads + head
-                var ml = inbox_ml.unsafe_load[width=2, alignment=8](box * 2)
-                var x = inbox.unsafe_load[width=4, alignment=16]((box * share + column) * 4)
-                _add_part(total[0], total_m[0], total_l[0], x, ml[0], ml[1])
-            var row = (total[0] * _inverse(total_l[0])).cast[dtype]()
-            output.unsafe_store[alignment=8](first_row + head * head_dim + (Int(rank) * share + column) * 4, row)
+    sums.store(output, first_row, rank)

@@ -1,10 +1,11 @@
-"""Pieces of the prefill kernel: its shape, the swizzled tiles it reads, and the online softmax of a tile of scores."""
+"""Pieces of the prefill kernel: its shape, its shared memory, and the online softmax of a tile of scores."""
 
 from ._paged_attention_gpu_math import _exp2, _quad_max
 from ._prelude import *
 from layout.coord import coord
 from layout.tma_async import SharedMemBarrier, TMATensorTile
 from max.gpu.host.nvidia.tma import TensorMapSwizzle
+from max.gpu.memory import external_memory, fence_mbarrier_init
 from std.sys import inlined_assembly
 
 comptime GROUPS = 2  # warpgroups that multiply
@@ -54,6 +55,53 @@ comptime _Tma[page_size: Int, head_dim: Int] = TMATensorTile[
 ]
 
 
+struct _Shared[dtype: DType, head_dim: Int](TrivialRegisterPassable):
+    """A block's shared memory: two tiles of queries, STAGES of keys and STAGES of values, each with barriers."""
+
+    comptime Tiles = MutPointer[Scalar[Self.dtype], MutUntrackedOrigin, address_space=AddressSpace.SHARED]
+    comptime Barriers = MutPointer[SharedMemBarrier, MutUntrackedOrigin, address_space=AddressSpace.SHARED]
+
+    var q: Self.Tiles
+    var k: Self.Tiles
+    var v: Self.Tiles
+    var full_q: Self.Barriers
+    var empty_q: Self.Barriers
+    var full_k: Self.Barriers
+    var empty_k: Self.Barriers
+    var full_v: Self.Barriers
+    var empty_v: Self.Barriers
+    var patched: Self.Barriers  # of a last tile of values, before the producer zeroes what is past the last key
+    var items: MutPointer[Int32, MutUntrackedOrigin, address_space=AddressSpace.SHARED]  # 8 words for each tile of queries
+
+    @always_inline
+    def __init__(out self):
+        """All threads of a block call it: the barriers are ready when it returns."""
+        self.q = external_memory[Scalar[Self.dtype], address_space=AddressSpace.SHARED, alignment=1024]()
+        self.k = self.q.unsafe_offset(2 * ROWS * Self.head_dim)
+        self.v = self.k.unsafe_offset(STAGES * TILE * Self.head_dim)
+        self.full_q = unsafe_stack_allocation[2, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
+        self.empty_q = unsafe_stack_allocation[2, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
+        self.full_k = unsafe_stack_allocation[STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
+        self.empty_k = unsafe_stack_allocation[STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
+        self.full_v = unsafe_stack_allocation[STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
+        self.empty_v = unsafe_stack_allocation[STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
+        self.patched = unsafe_stack_allocation[1, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
+        self.items = unsafe_stack_allocation[16, Int32, alignment=16, address_space=AddressSpace.SHARED]()
+        if thread_idx.x == 0:
+            comptime for i in range(2):
+                self.full_q[unsafe_offset=i].init(3)
+                self.empty_q[unsafe_offset=i].init(GROUPS * 4)
+            comptime for i in range(STAGES):
+                self.full_k[unsafe_offset=i].init(1)
+                self.full_v[unsafe_offset=i].init(1)
+                self.empty_k[unsafe_offset=i].init(GROUPS)
+                self.empty_v[unsafe_offset=i].init(GROUPS)
+            self.patched[unsafe_offset=0].init(1)
+            fence_mbarrier_init()
+        barrier()
+
+
+# --8<-- [start:softmax]
 @always_inline
 def _softmax[
     FACTOR: Float32
@@ -92,3 +140,4 @@ def _softmax[
                 s[n * 4 + h * 2 + e] = _exp2(s[n * 4 + h * 2 + e].fma(FACTOR, -shift))
             sums[n % 4] += s[n * 4 + h * 2] + s[n * 4 + h * 2 + 1]
         l[h] = l[h] * fade[h] + ((sums[0] + sums[1]) + (sums[2] + sums[3]))
+    # --8<-- [end:softmax]

@@ -17,7 +17,8 @@ Limits:    those of `linear`; residual_out is not residual, which every thread b
 
 from ._linear_gpu import gated_linear_gpu
 from ._linear_skinny_gpu import fits_skinny, linear_skinny, skinny_warps
-from ._linear_stream_gpu import DIRECT, NORM, fits_held, fits_stream, linear_stream
+from ._linear_stream_gpu import fits_held, fits_stream, linear_stream
+from ._linear_stream_kernel_gpu import DIRECT, NORM
 from ._prelude import *
 from .linear import _linear
 from .rms_norm import _add_rms_norm
