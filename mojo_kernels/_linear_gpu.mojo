@@ -175,10 +175,10 @@ def _linear_bf16[
             linear_stream[out_dtype, has_bias, DIRECT, False](y, x, x, x, x, w, bias, m, n, k, 0, ctx)
         return
     if fits_skinny(m, n, k):
-        linear_skinny[out_dtype, has_bias, False, 1, 2, 8](y, x, w, bias, m, n, k, skinny_warps(k), ctx)
+        linear_skinny[out_dtype, has_bias, 1, 2, 8](y, x, w, bias, m, n, k, skinny_warps(k), ctx)
         return
     if m <= 16 and n * k < 5_000_000:
-        linear_skinny[out_dtype, has_bias, False, 2, 2, 4](y, x, w, bias, m, n, k, min(ceildiv(k, 128), MAX_WARPS), ctx)
+        linear_skinny[out_dtype, has_bias, 2, 2, 4](y, x, w, bias, m, n, k, min(ceildiv(k, 128), MAX_WARPS), ctx)
         return
     _linear_tiles[out_dtype, has_bias, False](y, x, w, bias, m, n, k, ctx)
 

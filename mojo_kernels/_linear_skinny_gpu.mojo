@@ -5,11 +5,10 @@ the k indices that two mma.m16n8k16 give that lane, and x is read the same way: 
 before the sums. The warps of a block take turns along k; their sums are added in warp order, so that results repeat
 bit for bit. The first loads of w are under way before the kernel ahead has finished (programmatic dependent launch).
 Chosen for a w of less than 8 million elements, which the registers of all multiprocessors hold at once: up to 8 rows,
-and up to 16 of the smallest. GATED: of a run's two tiles of w the first is gate, the second up, and y = silu(gate) * up.
+and up to 16 of the smallest. The SiLU stays a kernel of its own here: while it runs, the next weight is loaded.
 """
 
 from ._prelude import *
-from .silu_mul import _silu_mul
 from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, block_dim, grid_dim
 from max.gpu.compute.mma import mma
 from max.gpu.memory import CacheOperation, load
@@ -18,16 +17,15 @@ from max.gpu.primitives.grid_controls import pdl_launch_attributes, wait_on_depe
 from std.utils.static_tuple import StaticTuple
 
 comptime MAX_WARPS = 16
+comptime SKINNY_ROWS = 8  # of x, up to which every small weight takes this path
 
 
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](Int32(MAX_WARPS * WARP_SIZE)))
 def _skinny_kernel[
-    out_dtype: DType, has_bias: Bool, GATED: Bool, HALVES: Int, TILES: Int, CHUNKS: Int
+    out_dtype: DType, has_bias: Bool, HALVES: Int, TILES: Int, CHUNKS: Int
 ](y: Ptr[out_dtype], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m32: Int32, n32: Int32, k32: Int32):
     """Blocks walk over runs of 8*TILES rows of w; the warps of a block take turns at steps of 32*CHUNKS values of k."""
     comptime ROWS = 8 * TILES
-    comptime OUTPUTS = 8 if GATED else ROWS  # of a run
-    comptime assert not GATED or TILES == 2, "a gated run is a tile of gate and a tile of up"
     comptime STEP = 32 * CHUNKS
     comptime TOKENS = 8 * HALVES
     var partial = unsafe_stack_allocation[
@@ -37,7 +35,7 @@ def _skinny_kernel[
     var N = Int(n32)
     var K = Int(k32)
     var warps = block_dim.x // WARP_SIZE
-    var runs = ceildiv(N, OUTPUTS)
+    var runs = ceildiv(N, ROWS)
     var lane_row = lane_id() // 4  # token of x, and row of w within a tile of 8
     var lane_k = (lane_id() % 4) * 8
     var run = block_idx.x
@@ -49,9 +47,7 @@ def _skinny_kernel[
     def load_w(run: Int, k: Int) {mut wv, imm}:
         comptime for t in range(TILES):
             # Rows past the end repeat the last one; their sums are not stored.
-            var row = min(run * OUTPUTS + (0 if GATED else t * 8) + lane_row, N - 1) * K
-            comptime if GATED:
-                row += t * N * K
+            var row = min(run * ROWS + t * 8 + lane_row, N - 1) * K
             comptime for c in range(CHUNKS):
                 var at = k + c * 32 + lane_k
                 wv[t * CHUNKS + c] = load[width=8, read_only=True, cache_policy=CacheOperation.GLOBAL, alignment=16](
@@ -93,22 +89,15 @@ def _skinny_kernel[
                     )
                 acc[t] = 0
             barrier()
-            for i in range(thread_idx.x, min(M, TOKENS) * OUTPUTS, block_dim.x):
-                var token = i // OUTPUTS
-                var output = finished * OUTPUTS + i % OUTPUTS
-                var at = token * ROWS + i % OUTPUTS
+            for i in range(thread_idx.x, min(M, TOKENS) * ROWS, block_dim.x):
                 var sum = Float32(0)
                 for v in range(warps):
-                    sum += partial[unsafe_offset=v * ROWS * TOKENS + at]
-                comptime if GATED:
-                    var up = Float32(0)
-                    for v in range(warps):
-                        up += partial[unsafe_offset=v * ROWS * TOKENS + at + 8]
-                    sum = _silu_mul[BF16, 1](sum.cast[BF16](), up.cast[BF16]()).cast[F32]()
+                    sum += partial[unsafe_offset=v * ROWS * TOKENS + i]
+                var output = finished * ROWS + i % ROWS
                 if output < N:
                     comptime if has_bias:
                         sum += bias[unsafe_offset=output].cast[F32]()
-                    y[unsafe_offset=token * N + output] = sum.cast[out_dtype]()
+                    y[unsafe_offset=i // ROWS * N + output] = sum.cast[out_dtype]()
             if run >= runs:
                 break
             barrier()  # `partial` is about to be written again
@@ -116,7 +105,7 @@ def _skinny_kernel[
 
 def fits_skinny(m: Int, n: Int, k: Int) -> Bool:
     """Whether `linear_skinny` is the fastest for up to 8 rows and a w of n."""
-    return m <= 8 and k % 8 == 0 and n * k < 8_000_000
+    return m <= SKINNY_ROWS and k % 8 == 0 and n * k < 8_000_000
 
 
 def skinny_warps(k: Int) -> Int:
@@ -126,7 +115,7 @@ def skinny_warps(k: Int) -> Int:
 
 
 def linear_skinny[
-    out_dtype: DType, has_bias: Bool, GATED: Bool, HALVES: Int, TILES: Int, CHUNKS: Int
+    out_dtype: DType, has_bias: Bool, HALVES: Int, TILES: Int, CHUNKS: Int
 ](
     y: Ptr[out_dtype],
     x: Ptr[BF16],
@@ -138,7 +127,7 @@ def linear_skinny[
     warps: Int,
     ctx: DeviceContext,
 ) raises:
-    comptime kernel = _skinny_kernel[out_dtype, has_bias, GATED, HALVES, TILES, CHUNKS]
+    comptime kernel = _skinny_kernel[out_dtype, has_bias, HALVES, TILES, CHUNKS]
     ctx.enqueue_function[kernel](
         y,
         x,
@@ -147,7 +136,7 @@ def linear_skinny[
         Int32(m),
         Int32(n),
         Int32(k),
-        grid_dim=ceildiv(n, 8 if GATED else 8 * TILES),
+        grid_dim=ceildiv(n, 8 * TILES),
         block_dim=warps * WARP_SIZE,
         attributes=pdl_launch_attributes(PDLLevel.ON),
     )

@@ -6,7 +6,7 @@ from ._prelude import *
 from max.gpu.host import Dim, FuncAttribute
 from std.bit import log2_floor
 
-comptime SPLIT_BLOCKS = 64  # with so many or fewer blocks, about half of the multiprocessors, each is split into a cluster
+comptime SPLIT_BLOCKS = 32  # with so many blocks or fewer, a quarter of the multiprocessors, each is split into a cluster
 comptime SPLIT_KEYS = 128  # fewer are not worth it
 comptime DEEP_KEYS = 256  # fewer do not fill a deep ring
 

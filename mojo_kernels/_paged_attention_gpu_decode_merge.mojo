@@ -136,5 +136,6 @@ struct _Sums[head_dim: Int, split: Bool]:
                     var x = self.inbox.unsafe_load[width=4, alignment=16]((box * self.share + column) * 4)
                     _add_part(self.total[0], self.total_m[0], self.total_l[0], x, ml[0], ml[1])
                 var row = (self.total[0] * _inverse(self.total_l[0])).cast[dtype]()
-                output.unsafe_store[alignment=8](first_row + head * Self.head_dim + (Int(rank) * self.share + column) * 4, row)
+                var to = first_row + head * Self.head_dim + (Int(rank) * self.share + column) * 4
+                output.unsafe_store[alignment=8](to, row)
             # --8<-- [end:merge]
