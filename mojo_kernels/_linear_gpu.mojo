@@ -7,9 +7,11 @@ float32, and K no multiple of 8 (the copy engine wants 16-byte rows): the tiled 
 `gated_linear_gpu` knows the last two only, for any number of rows.
 
 Every kernel adds in a fixed order, so results repeat bit for bit. Which kernel runs depends on M, so a row may differ
-in its last bit between batches of different size; up to 4 rows it does not. All but the last fetch w before the kernel
-ahead has finished (programmatic dependent launch), so a kernel launched just ahead must not write w. Nothing waits on
-the host: a device graph may capture it.
+in its last bit between batches of different size; up to 4 rows it does not. `INVARIANT` takes this away: wgmma for any
+number of rows, and k never split, so that a sum takes 16 products at a time in the order of k, whatever the tile.
+
+All but the last fetch w before the kernel ahead has finished (programmatic dependent launch), so a kernel launched just
+ahead must not write w. Nothing waits on the host: a device graph may capture it.
 """
 
 from ._linear_skinny_gpu import MAX_WARPS, fits_skinny, linear_skinny, skinny_warps
@@ -89,7 +91,7 @@ def _linear_simt[
 
 @always_inline
 def _few_tokens[
-    out_dtype: DType, has_bias: Bool, GATED: Bool, COLUMNS: Int
+    out_dtype: DType, has_bias: Bool, GATED: Bool, INVARIANT: Bool, COLUMNS: Int
 ](y: Ptr[out_dtype], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
     """Tiles of 64 rows of w by COLUMNS tokens; splits k when the tiles leave most multiprocessors idle."""
     comptime SMS = ctx.default_device_info.sm_count
@@ -98,7 +100,7 @@ def _few_tokens[
     var k_tiles = ceildiv(k, 64)
     var split = 1
     # Clusters of four fill only part of the multiprocessors when each block wants a whole one.
-    while split < 4 and 2 * split * tiles <= SMS // split and k_tiles >= max(32, 16 * split):
+    while not INVARIANT and split < 4 and 2 * split * tiles <= SMS // split and k_tiles >= max(32, 16 * split):
         split *= 2
     # One block a multiprocessor gets a ring as deep as fits; otherwise up to three share its memory.
     var blocks = min(ceildiv(tiles * split, SMS), 3)
@@ -122,16 +124,16 @@ def _many_tokens[
 
 
 def _linear_tiles[
-    out_dtype: DType, has_bias: Bool, GATED: Bool
+    out_dtype: DType, has_bias: Bool, GATED: Bool, INVARIANT: Bool
 ](y: Ptr[out_dtype], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
     """Chooses tile and split of the wgmma kernel; n counts the columns of y."""
     comptime SMS = ctx.default_device_info.sm_count
     if m <= 16:
-        _few_tokens[out_dtype, has_bias, GATED, 16](y, x, w, bias, m, n, k, ctx)
+        _few_tokens[out_dtype, has_bias, GATED, INVARIANT, 16](y, x, w, bias, m, n, k, ctx)
     elif m <= 32:
-        _few_tokens[out_dtype, has_bias, GATED, 32](y, x, w, bias, m, n, k, ctx)
+        _few_tokens[out_dtype, has_bias, GATED, INVARIANT, 32](y, x, w, bias, m, n, k, ctx)
     elif m <= 64:
-        _few_tokens[out_dtype, has_bias, GATED, 64](y, x, w, bias, m, n, k, ctx)
+        _few_tokens[out_dtype, has_bias, GATED, INVARIANT, 64](y, x, w, bias, m, n, k, ctx)
     else:
         var w_rows = 2 * n if GATED else n
         var k_tiles = ceildiv(k, 64)
@@ -146,15 +148,15 @@ def _linear_tiles[
         var by_256 = nanoseconds[256](690, 2800)
         # Half of k each for the two blocks of a cluster, where that keeps more multiprocessors busy.
         var tiles = ceildiv(m, 128) * ceildiv(w_rows, 128)
-        var split = 2 if not GATED and 2 * tiles <= SMS and k_tiles >= 32 else 1
+        var split = 2 if not (GATED or INVARIANT) and 2 * tiles <= SMS and k_tiles >= 32 else 1
         if split == 2:
             by_128 = k_tiles // 2 * 372 + 5400
         var best = min(by_128, min(by_192, by_256))
         # 64 rows of w by 128 tokens, one warpgroup; k in one part or two.
         var small = ceildiv(w_rows, 64) * ceildiv(m, 128)
-        var parts = 2 if 2 * small <= SMS and k_tiles >= 32 else 1
+        var parts = 2 if not INVARIANT and 2 * small <= SMS and k_tiles >= 32 else 1
         if small <= SMS and k_tiles // parts * 270 + 1200 * parts - 150 < best:
-            _few_tokens[out_dtype, has_bias, GATED, 128](y, x, w, bias, m, n, k, ctx)
+            _few_tokens[out_dtype, has_bias, GATED, INVARIANT, 128](y, x, w, bias, m, n, k, ctx)
         elif best == by_128:
             linear_wgmma[out_dtype, has_bias, GATED, False, 2, 128](y, x, w, bias, m, n, k, split, 6, SMS, ctx)
         elif best == by_192:
@@ -164,27 +166,28 @@ def _linear_tiles[
 
 
 def _linear_bf16[
-    out_dtype: DType, has_bias: Bool
+    out_dtype: DType, has_bias: Bool, INVARIANT: Bool
 ](y: Ptr[out_dtype], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
     """Chooses kernel, tile and split; the thresholds are measurements on an H200 (N, K of Qwen3 0.6B and 8B)."""
-    comptime SMS = ctx.default_device_info.sm_count
-    if fits_stream(m, n, k):
-        if fits_held(m, k):
-            linear_stream[out_dtype, has_bias, COPY, False](y, x, x, x, x, w, bias, m, n, k, 0, ctx)
-        else:
-            linear_stream[out_dtype, has_bias, DIRECT, False](y, x, x, x, x, w, bias, m, n, k, 0, ctx)
-        return
-    if fits_skinny(m, n, k):
-        linear_skinny[out_dtype, has_bias, 1, 2, 8](y, x, w, bias, m, n, k, skinny_warps(k), ctx)
-        return
-    if m <= 16 and n * k < 5_000_000:
-        linear_skinny[out_dtype, has_bias, 2, 2, 4](y, x, w, bias, m, n, k, min(ceildiv(k, 128), MAX_WARPS), ctx)
-        return
-    _linear_tiles[out_dtype, has_bias, False](y, x, w, bias, m, n, k, ctx)
+    comptime if not INVARIANT:
+        if fits_stream(m, n, k):
+            if fits_held(m, k):
+                linear_stream[out_dtype, has_bias, COPY, False](y, x, x, x, x, w, bias, m, n, k, 0, ctx)
+            else:
+                linear_stream[out_dtype, has_bias, DIRECT, False](y, x, x, x, x, w, bias, m, n, k, 0, ctx)
+            return
+        if fits_skinny(m, n, k):
+            linear_skinny[out_dtype, has_bias, 1, 2, 8](y, x, w, bias, m, n, k, skinny_warps(k), ctx)
+            return
+        if m <= 16 and n * k < 5_000_000:
+            var warps = min(ceildiv(k, 128), MAX_WARPS)
+            linear_skinny[out_dtype, has_bias, 2, 2, 4](y, x, w, bias, m, n, k, warps, ctx)
+            return
+    _linear_tiles[out_dtype, has_bias, False, INVARIANT](y, x, w, bias, m, n, k, ctx)
 
 
 def linear_gpu[
-    dtype: DType, out_dtype: DType, has_bias: Bool
+    dtype: DType, out_dtype: DType, has_bias: Bool, INVARIANT: Bool
 ](y: Ptr[out_dtype], x: Ptr[dtype], w: Ptr[dtype], bias: Ptr[dtype], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
     """Enqueues y[m, n] = x[m, k] w[n, k]^T (+ bias[n]); x and w are 16-byte aligned, bias unread without has_bias."""
     if m == 0 or n == 0:
@@ -192,13 +195,13 @@ def linear_gpu[
     comptime if dtype == BF16:
         if k % 8 == 0:
             comptime P = Ptr[BF16]
-            _linear_bf16[out_dtype, has_bias](y, rebind[P](x), rebind[P](w), rebind[P](bias), m, n, k, ctx)
+            _linear_bf16[out_dtype, has_bias, INVARIANT](y, rebind[P](x), rebind[P](w), rebind[P](bias), m, n, k, ctx)
             return
     _linear_simt[dtype, out_dtype, has_bias, False](y, x, w, bias, m, n, k, ctx)
 
 
 def gated_linear_gpu[
-    dtype: DType
+    dtype: DType, INVARIANT: Bool
 ](y: Ptr[dtype], x: Ptr[dtype], w: Ptr[dtype], m: Int, i: Int, k: Int, ctx: DeviceContext) raises:
     """Enqueues y[m, i] = silu(x[m, k] wg[i, k]^T) * (x wu[i, k]^T), w = [wg; wu]; x and w are 16-byte aligned.
 
@@ -210,6 +213,6 @@ def gated_linear_gpu[
         if k % 8 == 0:
             comptime P = Ptr[BF16]
             var wp = rebind[P](w)
-            _linear_tiles[BF16, False, True](rebind[P](y), rebind[P](x), wp, wp, m, i, k, ctx)
+            _linear_tiles[BF16, False, True, INVARIANT](rebind[P](y), rebind[P](x), wp, wp, m, i, k, ctx)
             return
     _linear_simt[dtype, dtype, False, True](y, x, w, w, m, i, k, ctx)

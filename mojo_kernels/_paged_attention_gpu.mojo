@@ -2,8 +2,9 @@
 
 bfloat16: requests with one query token go to `_paged_attention_gpu_decode` (split-KV over a thread block cluster), all others to
 `_paged_attention_gpu_prefill` (tensor-core flash attention). A batch that mixes both launches both kernels, and each skips the
-other's requests, so that a row takes the same path, and has the same bits, whatever else is in the batch. float32 takes a simple
-kernel without tensor cores: there to check the others, not to be fast.
+other's requests, so that a row takes the same path, and has the same bits, whatever else is in the batch. They sum in different
+orders, so a token's bits may tell whether it came alone; with `INVARIANT` the prefill kernel takes all requests, and they do not.
+float32 takes a simple kernel without tensor cores: there to check the others, not to be fast.
 """
 
 from ._paged_attention_gpu_decode import launch_decode
@@ -16,7 +17,7 @@ comptime WARPS = 4  # of the float32 kernel
 
 
 def paged_attention_gpu[
-    dtype: DType, head_dim: Int, page_size: Int, scale: Float32
+    dtype: DType, head_dim: Int, page_size: Int, scale: Float32, INVARIANT: Bool
 ](
     output: Ptr[dtype],
     q: Ptr[dtype],
@@ -43,8 +44,8 @@ def paged_attention_gpu[
             "mili.paged_attention: ", num_q_heads, " query heads do not share ", num_kv_heads, " KV heads evenly"
         )
     comptime if dtype == BF16:
-        if max_query_len > 1:
-            launch_prefill[dtype, head_dim, page_size, scale](
+        if INVARIANT or max_query_len > 1:
+            launch_prefill[dtype, head_dim, page_size, scale, 1 if INVARIANT else 2](
                 output,
                 q,
                 k_layer,
@@ -59,29 +60,30 @@ def paged_attention_gpu[
                 num_kv_heads,
                 ctx,
             )
-        # If every request has max_query_len rows, none has one row and the decode kernel would find nothing to do.
-        if max_query_len == 1 or num_tokens != num_requests * max_query_len:
-            launch_decode[dtype, head_dim, page_size, scale](
-                output,
-                q,
-                k_layer,
-                v_layer,
-                page_table,
-                page_table_width,
-                query_starts,
-                seq_lens,
-                num_requests,
-                num_q_heads,
-                num_kv_heads,
-                max_seq_len,
-                q,  # this and what follows belongs to the fused kernel
-                q,
-                rebind[Ptr[F32]](q.unsafe_bitcast[Float32]()),
-                seq_lens,
-                seq_lens,
-                0,
-                ctx,
-            )
+        comptime if not INVARIANT:
+            # If every request has max_query_len rows, none has one row and the decode kernel would find nothing to do.
+            if max_query_len == 1 or num_tokens != num_requests * max_query_len:
+                launch_decode[dtype, head_dim, page_size, scale](
+                    output,
+                    q,
+                    k_layer,
+                    v_layer,
+                    page_table,
+                    page_table_width,
+                    query_starts,
+                    seq_lens,
+                    num_requests,
+                    num_q_heads,
+                    num_kv_heads,
+                    max_seq_len,
+                    q,  # this and what follows belongs to the fused kernel
+                    q,
+                    rebind[Ptr[F32]](q.unsafe_bitcast[Float32]()),
+                    seq_lens,
+                    seq_lens,
+                    0,
+                    ctx,
+                )
     else:
         comptime kernel = _simple_kernel[dtype, head_dim, page_size, scale]
         ctx.enqueue_function[kernel](

@@ -1,4 +1,4 @@
-"""Prefill: causal attention of requests with several query tokens over a paged KV cache, bound by the tensor cores.
+"""Prefill: causal attention of requests with FEWEST query tokens or more over a paged KV cache, bound by the tensor cores.
 
 FlashAttention-3's plan (arXiv 2407.08608). A persistent block takes items: 128 query rows of one request and KV head. A row is one
 (token, query head) pair, the heads that share the KV head side by side, so that they share its tiles of K and V. One warp brings
@@ -34,7 +34,7 @@ from std.utils.static_tuple import StaticTuple
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))
 @__llvm_metadata(`nvvm.minctasm`=SIMDLength(1))
 def _prefill_kernel[
-    dtype: DType, head_dim: Int, page_size: Int, scale: Float32
+    dtype: DType, head_dim: Int, page_size: Int, scale: Float32, FEWEST: Int
 ](
     k_tma: _Tma[page_size, head_dim],
     v_tma: _Tma[page_size, head_dim],
@@ -59,7 +59,7 @@ def _prefill_kernel[
         warpgroup_reg_dealloc[56]()
         var part = warp_id() - 4 * GROUPS
         if part == 0:
-            _bring_keys[dtype, head_dim, page_size](
+            _bring_keys[dtype, head_dim, page_size, FEWEST](
                 shared,
                 lane,
                 k_tma,
@@ -74,7 +74,7 @@ def _prefill_kernel[
                 group_inverse,
             )
         else:
-            _gather_queries(
+            _gather_queries[dtype, head_dim, FEWEST](
                 shared, lane, part, q, num_q_heads, query_starts, seq_lens, num_requests, kv_heads, group, group_inverse
             )
     else:
@@ -83,7 +83,7 @@ def _prefill_kernel[
 
 
 def launch_prefill[
-    dtype: DType, head_dim: Int, page_size: Int, scale: Float32
+    dtype: DType, head_dim: Int, page_size: Int, scale: Float32, FEWEST: Int
 ](
     output: Ptr[dtype],
     q: Ptr[dtype],
@@ -99,7 +99,7 @@ def launch_prefill[
     num_kv_heads: Int,
     ctx: DeviceContext,
 ) raises:
-    """Attends every request that has more than one query token; arguments as in `paged_attention_gpu`."""
+    """Attends every request that has FEWEST query tokens or more; arguments as in `paged_attention_gpu`."""
     comptime SHARED_BYTES = (2 * ROWS + 2 * STAGES * TILE) * head_dim * size_of[dtype]()
     comptime OCTETS = min(page_size, 8)
     var group = num_q_heads // num_kv_heads
@@ -121,7 +121,7 @@ def launch_prefill[
 
     var k_tma = tensor_map(k_layer)
     var v_tma = tensor_map(v_layer)
-    comptime kernel = _prefill_kernel[dtype, head_dim, page_size, scale]
+    comptime kernel = _prefill_kernel[dtype, head_dim, page_size, scale, FEWEST]
     ctx.enqueue_function[kernel](
         k_tma,
         v_tma,

@@ -2,7 +2,7 @@
 
 An item is a tile of query rows of one request and KV head. Its cost is its number of key tiles, the level: items are in order of
 level, from the most tiles down, and within a level by request, tile and head. No list of them exists: a warp counts, for a level,
-the items of all requests, a lane a request. Decode requests, of one token, have no items.
+the items of all requests, a lane a request. Requests of fewer than FEWEST tokens, which is 1 or 2, have no items.
 """
 
 from ._paged_attention_gpu_prefill_parts import ROWS, TILE
@@ -24,19 +24,23 @@ struct _Item(TrivialRegisterPassable):
 
 
 @always_inline
-def _reaching(level: Int, r: Int, query_starts: Ptr[DType.int32], seq_lens: Ptr[DType.int32], group: Int) -> Int:
+def _reaching[
+    FEWEST: Int
+](level: Int, r: Int, query_starts: Ptr[DType.int32], seq_lens: Ptr[DType.int32], group: Int) -> Int:
     """How many tiles of query rows of request r have `level` tiles of keys or more."""
     var begin = Int(query_starts[unsafe_offset=r])
     var tokens = Int(query_starts[unsafe_offset=r + 1]) - begin
     var first_position = Int(seq_lens[unsafe_offset=r]) - tokens
     var row = max((level - 1) * TILE - first_position, 0) * group
-    if tokens < 2 or row >= tokens * group:
+    if tokens < FEWEST or row >= tokens * group:
         return 0
     return ceildiv(tokens * group, ROWS) - row // ROWS
 
 
 @always_inline
-def _top(
+def _top[
+    FEWEST: Int
+](
     below: Int,
     r: Int,
     query_starts: Ptr[DType.int32],
@@ -49,11 +53,13 @@ def _top(
     var tokens = Int(query_starts[unsafe_offset=r + 1]) - begin
     var seq_len = Int(seq_lens[unsafe_offset=r])
     var least = seq_len - tokens + Int((UInt64(min(ROWS, tokens * group) - 1) * group_inverse) >> 32)
-    return 0 if tokens < 2 or least // TILE + 1 >= below else min(below - 1, ceildiv(seq_len, TILE))
+    return 0 if tokens < FEWEST or least // TILE + 1 >= below else min(below - 1, ceildiv(seq_len, TILE))
 
 
 @always_inline
-def _find(
+def _find[
+    FEWEST: Int
+](
     round: Int,
     mut level: Int,
     mut above: Int,
@@ -76,9 +82,9 @@ def _find(
         var count = Int32(0)
         var lower = Int32(0)
         for r in range(lane, Int(num_requests), WARP_SIZE):
-            count += Int32(_reaching(level, r, query_starts, seq_lens, group)) if level > 0 else 0
+            count += Int32(_reaching[FEWEST](level, r, query_starts, seq_lens, group)) if level > 0 else 0
             var below = level if level > 0 else 1 << 30
-            lower = max(lower, Int32(_top(below, r, query_starts, seq_lens, group, group_inverse)))
+            lower = max(lower, Int32(_top[FEWEST](below, r, query_starts, seq_lens, group, group_inverse)))
         var here = Int(warp.sum(count)) * kv_heads
         if index < here:
             break
@@ -91,7 +97,8 @@ def _find(
     while True:
         var r = min(base + lane, Int(num_requests) - 1)
         var count = Int32(
-            _reaching(level, r, query_starts, seq_lens, group) - _reaching(level + 1, r, query_starts, seq_lens, group)
+            _reaching[FEWEST](level, r, query_starts, seq_lens, group)
+            - _reaching[FEWEST](level + 1, r, query_starts, seq_lens, group)
         ) if base + lane < Int(num_requests) else 0
         var sum = warp.prefix_sum(count)
         var total = warp.shuffle_idx(sum, UInt32(WARP_SIZE - 1))
@@ -105,7 +112,7 @@ def _find(
     var begin = Int(query_starts[unsafe_offset=base])
     var rows = (Int(query_starts[unsafe_offset=base + 1]) - begin) * group
     var first_position = Int(seq_lens[unsafe_offset=base]) - (Int(query_starts[unsafe_offset=base + 1]) - begin)
-    var first_row = (ceildiv(rows, ROWS) - _reaching(level, base, query_starts, seq_lens, group) + Int(nth)) * ROWS
+    var first_row = (ceildiv(rows, ROWS) - _reaching[FEWEST](level, base, query_starts, seq_lens, group) + Int(nth)) * ROWS
     return _Item(
         base,
         begin,

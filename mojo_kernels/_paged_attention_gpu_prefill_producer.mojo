@@ -22,7 +22,7 @@ from std.utils.index import Index
 
 @always_inline
 def _bring_keys[
-    dtype: DType, head_dim: Int, page_size: Int
+    dtype: DType, head_dim: Int, page_size: Int, FEWEST: Int
 ](
     shared: _Shared[dtype, head_dim],
     lane: Int,
@@ -50,7 +50,7 @@ def _bring_keys[
 
     @always_inline
     def next_item(round: Int) {mut level, mut above, imm} -> _Item:
-        return _find(round, level, above, query_starts, seq_lens, num_requests, kv_heads, group, group_inverse)
+        return _find[FEWEST](round, level, above, query_starts, seq_lens, num_requests, kv_heads, group, group_inverse)
 
     comptime PARTS = ceildiv(BOXES, WARP_SIZE)
     comptime SIDES = HALVES // BOX_HALVES  # boxes side by side
@@ -144,7 +144,7 @@ def _bring_keys[
 
 @always_inline
 def _gather_queries[
-    dtype: DType, head_dim: Int
+    dtype: DType, head_dim: Int, FEWEST: Int
 ](
     shared: _Shared[dtype, head_dim],
     lane: Int,
@@ -166,7 +166,7 @@ def _gather_queries[
 
     @always_inline
     def next_item(round: Int) {mut level, mut above, imm} -> _Item:
-        return _find(round, level, above, query_starts, seq_lens, num_requests, kv_heads, group, group_inverse)
+        return _find[FEWEST](round, level, above, query_starts, seq_lens, num_requests, kv_heads, group, group_inverse)
 
     var round = 0
     var item = next_item(round)

@@ -4,7 +4,8 @@ Math:      y[m, n] = sum_k x[m, k] w[n, k] (+ bias[n])
 Shapes:    y [M, N], x [M, K], bias [N]; w: CPU [ceil(N/32), K*32] packed panels, GPU [N, K] as in the checkpoint
 Dtypes:    x, w, bias bfloat16 or float32; y the same or float32 (logits); float32 accumulation, one rounding at the store
 CPU:       `_linear_cpu`: parallel over panels of 32 outputs, register tile of 12 rows, AVX-512 bf16 dot where the CPU has it
-GPU:       `_linear_gpu`: weight streaming for few rows, TMA and wgmma for many
+GPU:       `_linear_gpu`: weight streaming for few rows, TMA and wgmma for many; with batch_invariant the latter for all, so that
+           sums do not depend on M there either
 Bound:     bytes = (N K + M K) sizeof(dtype) + M N sizeof(y); flops = 2 M N K
 Limits:    K is even for bfloat16 on the CPU (two k share a lane)
 Source:    panel packing and register tiles: Goto and van de Geijn 2008; here k is never split, so that sums do not depend on M
@@ -17,7 +18,7 @@ from ._prelude import *
 
 @always_inline
 def _linear[
-    target: StaticString, has_bias: Bool, dtype: DType, out_dtype: DType
+    target: StaticString, has_bias: Bool, INVARIANT: Bool, dtype: DType, out_dtype: DType
 ](
     y: Ptr[out_dtype], x: Ptr[dtype], w: Ptr[dtype], bias: Ptr[dtype], m: Int, n: Int, k: Int, ctx: DeviceContext
 ) raises:
@@ -29,7 +30,7 @@ def _linear[
             raise Error("mili.linear: K must be even for bfloat16, got ", k)
         linear_cpu[dtype, out_dtype, has_bias](y, x, w, bias, m, n, k)
     elif is_gpu[target]():
-        linear_gpu[dtype, out_dtype, has_bias](y, x, w, bias, m, n, k, ctx)
+        linear_gpu[dtype, out_dtype, has_bias, INVARIANT](y, x, w, bias, m, n, k, ctx)
     else:
         comptime assert False, "mili.linear: unsupported target"
 
@@ -40,7 +41,7 @@ struct Linear:
 
     @staticmethod
     def execute[
-        target: StaticString
+        target: StaticString, batch_invariant: Bool
     ](
         y: OutputTensor[rank=2, ...], x: InputTensor[rank=2, ...], w: InputTensor[dtype=x.dtype, rank=2, ...], ctx: DeviceContext
     ) raises:
@@ -48,6 +49,7 @@ struct Linear:
 
         Parameters:
             target: "cpu" or "gpu".
+            batch_invariant: Whether a row's bits may not depend on M.
 
         Args:
             y: Output [M, N].
@@ -59,7 +61,7 @@ struct Linear:
             Error: If K is odd for bfloat16 on the CPU, or a launch fails.
         """
         var wp = w.unsafe_ptr()
-        _linear[target, False](
+        _linear[target, False, batch_invariant](
             y.unsafe_ptr(), x.unsafe_ptr(), wp, wp, x.dim_size(0), y.dim_size(1), x.dim_size(1), ctx
         )
 
@@ -70,7 +72,7 @@ struct LinearBias:
 
     @staticmethod
     def execute[
-        target: StaticString
+        target: StaticString, batch_invariant: Bool
     ](
         y: OutputTensor[rank=2, ...],
         x: InputTensor[rank=2, ...],
@@ -82,6 +84,7 @@ struct LinearBias:
 
         Parameters:
             target: "cpu" or "gpu".
+            batch_invariant: Whether a row's bits may not depend on M.
 
         Args:
             y: Output [M, N].
@@ -93,7 +96,7 @@ struct LinearBias:
         Raises:
             Error: If K is odd for bfloat16 on the CPU, or a launch fails.
         """
-        _linear[target, True](
+        _linear[target, True, batch_invariant](
             y.unsafe_ptr(),
             x.unsafe_ptr(),
             w.unsafe_ptr(),

@@ -10,8 +10,8 @@ Shapes:    residual_out [T, H] = x [T, H], residual [T, H], gain [H]; normed [T,
 Dtypes:    bfloat16 or float32, as `add_rms_norm`, `linear` and `silu_mul`, whose every rounding is kept
 CPU:       those three, one after the other
 GPU:       up to 4 rows in bfloat16 and a large weight: one kernel that streams w, `_linear_stream_gpu`, the norm inside it too
-           while T H is small (`fits_held`); up to 8 rows and a small weight: as on the CPU; more rows: the norm, then
-           `_linear_wgmma_gpu`, for the second op with the SiLU inside. float32: as on the CPU
+           while T H is small (`fits_held`); up to 8 rows and a small weight: as on the CPU; more rows, and with batch_invariant any
+           number: the norm, then `_linear_wgmma_gpu`, for the second op with the SiLU inside. float32: as on the CPU
 Bound:     bytes = (N H + 3 T H + T N) sizeof(dtype); flops = 2 T N H
 Limits:    those of `linear`; residual_out is not residual, which every thread block reads
 """
@@ -62,7 +62,7 @@ def _stream[
 
 @always_inline
 def _norm_linear[
-    target: StaticString, has_bias: Bool, dtype: DType
+    target: StaticString, has_bias: Bool, INVARIANT: Bool, dtype: DType
 ](
     y: Ptr[dtype],
     residual_out: Ptr[dtype],
@@ -80,12 +80,12 @@ def _norm_linear[
 ) raises:
     if m == 0:
         return
-    comptime if is_gpu[target]() and dtype == BF16:
+    comptime if is_gpu[target]() and dtype == BF16 and not INVARIANT:
         if fits_stream(m, n, k) and fits_held(m, k):
             _stream[has_bias, NORM, False](y, residual_out, x, residual, gain, w, bias, m, n, k, eps, ctx)
             return
     _add_rms_norm[target](normed, residual_out, x, residual, gain, m, k, eps, ctx)
-    _linear[target, has_bias](y, normed, w, bias, m, n, k, ctx)
+    _linear[target, has_bias, INVARIANT](y, normed, w, bias, m, n, k, ctx)
 
 
 @extensibility.register("mili.norm_linear")
@@ -94,7 +94,7 @@ struct NormLinear:
 
     @staticmethod
     def execute[
-        target: StaticString, eps: Float32
+        target: StaticString, eps: Float32, batch_invariant: Bool
     ](
         y: OutputTensor[rank=2, ...],
         residual_out: OutputTensor[dtype=y.dtype, rank=2, ...],
@@ -110,6 +110,7 @@ struct NormLinear:
         Parameters:
             target: "cpu" or "gpu".
             eps: Added to the mean square.
+            batch_invariant: Whether a row's bits may not depend on T.
 
         Args:
             y: Product [T, N].
@@ -125,7 +126,7 @@ struct NormLinear:
             Error: If H is odd for bfloat16 on the CPU, or a launch fails.
         """
         var wp = w.unsafe_ptr()
-        _norm_linear[target, False](
+        _norm_linear[target, False, batch_invariant](
             y.unsafe_ptr(),
             residual_out.unsafe_ptr(),
             normed.unsafe_ptr(),
@@ -148,7 +149,7 @@ struct NormLinearBias:
 
     @staticmethod
     def execute[
-        target: StaticString, eps: Float32
+        target: StaticString, eps: Float32, batch_invariant: Bool
     ](
         y: OutputTensor[rank=2, ...],
         residual_out: OutputTensor[dtype=y.dtype, rank=2, ...],
@@ -165,6 +166,7 @@ struct NormLinearBias:
         Parameters:
             target: "cpu" or "gpu".
             eps: Added to the mean square.
+            batch_invariant: Whether a row's bits may not depend on T.
 
         Args:
             y: Product [T, N].
@@ -180,7 +182,7 @@ struct NormLinearBias:
         Raises:
             Error: If H is odd for bfloat16 on the CPU, or a launch fails.
         """
-        _norm_linear[target, True](
+        _norm_linear[target, True, batch_invariant](
             y.unsafe_ptr(),
             residual_out.unsafe_ptr(),
             normed.unsafe_ptr(),
@@ -203,7 +205,7 @@ struct NormLinearSiluMul:
 
     @staticmethod
     def execute[
-        target: StaticString, eps: Float32
+        target: StaticString, eps: Float32, batch_invariant: Bool
     ](
         y: OutputTensor[rank=2, ...],
         residual_out: OutputTensor[dtype=y.dtype, rank=2, ...],
@@ -220,6 +222,7 @@ struct NormLinearSiluMul:
         Parameters:
             target: "cpu" or "gpu".
             eps: Added to the mean square.
+            batch_invariant: Whether a row's bits may not depend on T.
 
         Args:
             y: Activations [T, I].
@@ -247,17 +250,18 @@ struct NormLinearSiluMul:
         var rp = residual.unsafe_ptr()
         var gp = gain.unsafe_ptr()
         var wp = w.unsafe_ptr()
-        comptime if is_gpu[target]() and y.dtype == BF16:
+        comptime if is_gpu[target]() and y.dtype == BF16 and not batch_invariant:
             if fits_stream(m, 2 * n, k) and fits_held(m, k):
                 _stream[False, NORM, True](yp, op, xp, rp, gp, wp, wp, m, n, k, eps, ctx)
                 return
         _add_rms_norm[target](hp, op, xp, rp, gp, m, k, eps, ctx)
         comptime if is_gpu[target]() and y.dtype == BF16:
-            if fits_stream(m, 2 * n, k):
-                _stream[False, DIRECT, True](yp, op, hp, rp, gp, wp, wp, m, n, k, eps, ctx)
+            comptime if not batch_invariant:
+                if fits_stream(m, 2 * n, k):
+                    _stream[False, DIRECT, True](yp, op, hp, rp, gp, wp, wp, m, n, k, eps, ctx)
+                    return
+            if batch_invariant or not fits_skinny(m, 2 * n, k):
+                gated_linear_gpu[y.dtype, batch_invariant](yp, hp, wp, m, n, k, ctx)
                 return
-            if not fits_skinny(m, 2 * n, k):
-                gated_linear_gpu(yp, hp, wp, m, n, k, ctx)
-                return
-        _linear[target, False](gate_up.unsafe_ptr(), hp, wp, wp, m, 2 * n, k, ctx)
+        _linear[target, False, batch_invariant](gate_up.unsafe_ptr(), hp, wp, wp, m, 2 * n, k, ctx)
         _silu_mul_rows[target](yp, gate_up.unsafe_ptr(), m, n, ctx)

@@ -7,7 +7,7 @@ Shapes:    out, q [T, Hq*D]; k_cache CPU [L, P, Hkv, D, S], GPU [L, P, Hkv, S, D
            Row i of request b sits at position seq_lens[b] - query_starts[b+1] + i
 Dtypes:    bfloat16 or float32, cache alike; scores, softmax and sums in float32, one rounding at the store
 CPU:       `_paged_attention_cpu`: parallel over (tile of 32 tokens, KV head), and over chunks of 512 keys when those are few
-GPU:       `_paged_attention_gpu`: split-KV for decode, tensor cores for prefill
+GPU:       `_paged_attention_gpu`: split-KV for decode, tensor cores for prefill, and with batch_invariant for decode too
 Bound:     bytes = sizeof(dtype) (2 T Hq D + 2 Hkv D sum_b seq_lens[b]); flops = 4 Hq D sum over rows of (position + 1)
 Limits:    D is 64 or 128, S a power of two, Hq a multiple of Hkv. Slots past a request's length are never used, whatever they hold
 Source:    Milakov and Gimelshein 2018 (arXiv 1805.02867); FlashAttention-2 (arXiv 2307.08691); PagedAttention (arXiv 2309.06180);
@@ -25,7 +25,7 @@ struct PagedAttention:
 
     @staticmethod
     def execute[
-        target: StaticString, scale: Float32
+        target: StaticString, scale: Float32, batch_invariant: Bool
     ](
         output: OutputTensor[rank=2, ...],
         q: InputTensor[dtype=output.dtype, rank=2, ...],
@@ -44,6 +44,7 @@ struct PagedAttention:
         Parameters:
             target: "cpu" or "gpu".
             scale: Factor on the scores, 1 / sqrt(D).
+            batch_invariant: Whether a row's bits may not depend on how many rows its request has.
 
         Args:
             output: Attended rows [T, Hq*D].
@@ -88,7 +89,7 @@ struct PagedAttention:
             )
         elif is_gpu[target]():
             comptime S = Int(v_cache._static_shape_tuple[3])
-            paged_attention_gpu[output.dtype, D, S, scale](
+            paged_attention_gpu[output.dtype, D, S, scale, batch_invariant](
                 output.unsafe_ptr(),
                 q.unsafe_ptr(),
                 k_layer,

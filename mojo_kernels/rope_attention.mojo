@@ -5,7 +5,8 @@ Shapes:    out, q [T, Hq*D] = qkv [T, (Hq+2 Hkv)*D] and the inputs of both ops; 
 Dtypes:    bfloat16 or float32, cache alike; float32 arithmetic
 CPU:       the two ops, one after the other
 GPU:       bfloat16 with one token for each request: `_paged_attention_gpu_decode`, fused: no launch and no trip through memory
-           between norm and attention, and older keys arrive while the projection runs. Else the kernels of the two ops
+           between norm and attention, and older keys arrive while the projection runs. Else, and with batch_invariant always, the
+           kernels of the two ops
 Bound:     bytes = sizeof(dtype) (T (2 Hq + 4 Hkv) D + 2 Hkv D sum_b seq_lens[b]); flops = those of the two ops
 Limits:    those of the two ops
 Source:    those of the two ops
@@ -24,7 +25,7 @@ struct RopeAttention:
 
     @staticmethod
     def execute[
-        target: StaticString, eps: Float32, scale: Float32
+        target: StaticString, eps: Float32, scale: Float32, batch_invariant: Bool
     ](
         output: OutputTensor[rank=2, ...],
         q: OutputTensor[dtype=output.dtype, rank=2, ...],
@@ -50,6 +51,7 @@ struct RopeAttention:
             target: "cpu" or "gpu".
             eps: Added to the mean square of a head.
             scale: Factor on the scores, 1 / sqrt(D).
+            batch_invariant: Whether a row's bits may not depend on how many rows its request has.
 
         Args:
             output: Attended rows [T, Hq*D].
@@ -85,7 +87,7 @@ struct RopeAttention:
         var layer_size = v_cache.dim_size(1) * num_kv_heads * page_size * D
         var k_layer = k_cache.unsafe_ptr().unsafe_offset(Int(layer) * layer_size)
         var v_layer = v_cache.unsafe_ptr().unsafe_offset(Int(layer) * layer_size)
-        comptime if is_gpu[target]() and output.dtype == BF16:
+        comptime if is_gpu[target]() and output.dtype == BF16 and not batch_invariant:
             if max_query_len == 1 and tokens == num_requests:
                 comptime S = Int(v_cache._static_shape_tuple[3])
                 launch_decode[output.dtype, D, S, scale, fused=True](
@@ -161,7 +163,7 @@ struct RopeAttention:
                 eps,
                 ctx,
             )
-            paged_attention_gpu[output.dtype, D, S, scale](
+            paged_attention_gpu[output.dtype, D, S, scale, batch_invariant](
                 output.unsafe_ptr(),
                 q.unsafe_ptr(),
                 k_layer,

@@ -43,7 +43,7 @@ def compile_ahead(
         model: As for `LLM`; its config.json is read.
         folder: Made if it is not there; graphs for other models and targets may lie in it.
         target: "cpu" for this machine's instruction set, or a GPU's architecture such as "sm_90a".
-        config: Its dtype and page_size matter.
+        config: Its dtype, page_size and batch_invariant matter.
         hf_overrides: As for `LLM`.
         revision: As for `LLM`.
 
@@ -62,10 +62,11 @@ def compile_ahead(
         device, made_for = Accelerator(), Target("gpu", target)
     else:
         raise ConfigError(f"target must be 'cpu' or an NVIDIA architecture such as 'sm_90a', got {target!r}")
-    facts = artefact_facts(shape, dtype, config.page_size, made_for)
+    facts = artefact_facts(shape, dtype, config.page_size, made_for, config.batch_invariant)
     path = artefact_path(facts, folder)
     log.info("compiling the %d-layer network for %s", shape.num_hidden_layers, target)
-    compiled = compile_step(InferenceSession(devices=[device]), shape, dtype, config.page_size, made_for)
+    session = InferenceSession(devices=[device])
+    compiled = compile_step(session, shape, dtype, config.page_size, made_for, config.batch_invariant)
     export(compiled, path)
     path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     return path

@@ -71,7 +71,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mili"
 
 
-def artefact_facts(config: ModelConfig, dtype: str, page_size: int, target: Target) -> dict[str, Any]:
+def artefact_facts(
+    config: ModelConfig, dtype: str, page_size: int, target: Target, batch_invariant: bool = False
+) -> dict[str, Any]:
     """Everything a compiled step depends on."""
     # --8<-- [start:key]
     return {
@@ -80,6 +82,7 @@ def artefact_facts(config: ModelConfig, dtype: str, page_size: int, target: Targ
         "config": {name: getattr(config, name) for name in _GRAPH_FIELDS},
         "dtype": dtype,
         "page_size": page_size,
+        "batch_invariant": batch_invariant and target.kind == "gpu",  # on the CPU every graph is
         "target": asdict(target),
     }
 
@@ -102,13 +105,14 @@ def compiled_step(
     page_size: int,
     target: Target,
     folder: Path | None = None,
+    batch_invariant: bool = False,
 ) -> CompiledModel:
     """Return the compiled graph of one step, from the cache if it is there; compile and keep it otherwise.
 
     An unreadable artefact is compiled anew. A cache folder that cannot be written costs the next start, not this one.
     With `folder`, made by `mili compile`, nothing is compiled: ConfigError says what its graphs were made for instead.
     """
-    facts = artefact_facts(config, dtype, page_size, target)
+    facts = artefact_facts(config, dtype, page_size, target, batch_invariant)
     path = artefact_path(facts, folder)
     if folder is not None and not path.is_file():
         raise ConfigError(_mismatch(folder, facts))
@@ -120,7 +124,7 @@ def compiled_step(
                 raise ConfigError(f"{path} is not readable: compile it again ({error})") from error
             log.warning("compiling again: %s is not readable (%s)", path, error)
     log.info("compiling the %d-layer network for %s (once; kept in %s)", config.num_hidden_layers, target.kind, path)
-    compiled = compile_step(session, config, dtype, page_size, target)
+    compiled = compile_step(session, config, dtype, page_size, target, batch_invariant)
     try:
         export(compiled, path)
     except OSError as error:
@@ -129,7 +133,12 @@ def compiled_step(
 
 
 def compile_step(
-    session: InferenceSession, config: ModelConfig, dtype: str, page_size: int, target: Target
+    session: InferenceSession,
+    config: ModelConfig,
+    dtype: str,
+    page_size: int,
+    target: Target,
+    batch_invariant: bool = False,
 ) -> CompiledModel:
     """Compile the graph of one step; a GPU `target` needs a real or virtual device of its kind in `session`."""
     device = DeviceRef.CPU() if target.kind == "cpu" else DeviceRef.GPU()
@@ -137,7 +146,7 @@ def compile_step(
     if target.kind == "gpu":
         driver.set_virtual_cpu_target(_GPU_HOST_CPU)
     try:
-        return session.compile(build_graph(config, DType[dtype], page_size, device))
+        return session.compile(build_graph(config, DType[dtype], page_size, device, batch_invariant))
     finally:
         driver.set_virtual_cpu_target(before)
 

@@ -40,6 +40,7 @@ class LLM:
         kv_cache_memory_bytes: int | None = None,
         enable_prefix_caching: bool = True,
         enforce_eager: bool = False,
+        batch_invariant: bool = False,
         compiled: str | Path | None = None,
         seed: int = 0,
         hf_overrides: Mapping[str, Any] | None = None,
@@ -59,6 +60,8 @@ class LLM:
             kv_cache_memory_bytes: Size of the KV cache; None for what fits.
             enable_prefix_caching: Reuse the keys and values of prompts that begin alike.
             enforce_eager: Never replay captured device graphs.
+            batch_invariant: Give a request the same bits alone, in any batch, in chunks, from the prefix cache and
+                after preemption. It costs speed on a GPU; on the CPU it is always so.
             compiled: A folder that `mili compile` wrote: load the kernels from there and compile nothing.
             seed: From which requests without a seed of their own get theirs.
             hf_overrides: Fields that replace those of config.json, for example rope_scaling to switch YaRN on.
@@ -80,6 +83,7 @@ class LLM:
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             enable_prefix_caching=enable_prefix_caching,
             enforce_eager=enforce_eager,
+            batch_invariant=batch_invariant,
             compiled=compiled,
             seed=seed,
         )

@@ -93,7 +93,8 @@ class Runner:
         self.num_pages = self.memory.num_pages
         session = InferenceSession(devices=[self.device])
         ahead = None if engine.compiled is None else Path(engine.compiled)
-        compiled = compiled_step(session, model, self.dtype, engine.page_size, Target.of(self.device), ahead)
+        target = Target.of(self.device)
+        compiled = compiled_step(session, model, self.dtype, engine.page_size, target, ahead, engine.batch_invariant)
         compiled_at = time.perf_counter()
         self._weights = load_weights(folder, model, self.dtype, self.device)
         self._model = session.init(compiled, weights_registry=self._weights.registry)

@@ -1,6 +1,6 @@
 """Compile every graph that the kernel tests and benchmarks need on a GPU into a folder, on a machine without one.
 
-    PYTHONPATH=src:tests python tests/kernels/export.py DIR [--target sm_90a] [--only specs models sample bench]
+    PYTHONPATH=src:tests python tests/kernels/export.py DIR [--target sm_90a] [--only specs models invariant ...]
 
 On a host with such a GPU, MAX's runtime, and this source tree:
 
@@ -20,6 +20,7 @@ from max.driver import CPU, Device
 from bench import gpu
 from kernels.model_shapes import model_instances
 from kernels.specs import DTYPES, instances
+from kernels.test_batch_invariant import invariant_instances
 from kernels.test_sampling import Sampler
 from support.graphs import CARRIED, PORTABLE, pretend_gpu
 from support.kernels import Kernels
@@ -30,6 +31,7 @@ def parts(device: Device) -> dict[str, list[Callable[[], object]]]:
     return {
         "specs": [lambda d=dtype: Kernels(d, instances(page_size=16), device) for dtype in DTYPES],
         "models": [lambda d=dtype: Kernels(d, model_instances(), device) for dtype in DTYPES],
+        "invariant": [lambda: Kernels("bfloat16", invariant_instances(), device)],
         "sample": [lambda: Sampler(device), lambda: Sampler(CPU(), PORTABLE)],
         "bench": [lambda: gpu.graphs(device)],
     }
@@ -39,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--target", default="sm_90a", help="the GPU's architecture")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="some of: specs, models, sample, bench")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="some of: specs, models, invariant, sample, bench")
     options = parser.parse_args()
     os.environ.pop(CARRIED, None)
     os.environ["MILI_CACHE_DIR"] = str(options.folder)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from support.checkpoints import write_checkpoint
 
 EM_CUDA = 190  # ELF machine number of device code
@@ -21,10 +23,11 @@ def device_images(artefact: bytes) -> list[bytes]:
     return images
 
 
-def test_the_step_compiles_for_a_hopper_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--batch-invariant"]], ids=["fast", "batch-invariant"])
+def test_the_step_compiles_for_a_hopper_gpu(tmp_path: Path, options: list[str]) -> None:
     write_checkpoint(tmp_path / "model")
     command = [sys.executable, "-m", "mili", "compile", str(tmp_path / "model"), "--target", "sm_90a"]
-    command += ["--dtype", "bfloat16", "-o", str(tmp_path / "out")]
+    command += ["--dtype", "bfloat16", "-o", str(tmp_path / "out"), *options]
     environment = {**os.environ, "MODULAR_TELEMETRY_ENABLED": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

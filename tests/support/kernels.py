@@ -286,9 +286,10 @@ def _ports(name: str, s: Statics, dtype: DType, on_cpu: bool) -> dict[str, Port]
 
 def _place(name: str, s: Statics, x: dict[str, Any]) -> list[TensorValue]:
     """Place one instance in the graph under construction."""
+    way: dict[str, bool] = {"batch_invariant": s.get("batch_invariant", False)}
     if name == "linear":
         out = DType.float32 if s["wide"] else None
-        return [linear(x["x"], x["weight"], s["N"], x.get("bias"), out)]
+        return [linear(x["x"], x["weight"], s["N"], x.get("bias"), out, **way)]
     if "k_cache" in x:
         cache = CacheView(x["k_cache"], x["v_cache"], x["layer"])
         x = {name: value for name, value in x.items() if name not in ("k_cache", "v_cache", "layer")} | {"cache": cache}
@@ -297,11 +298,11 @@ def _place(name: str, s: Statics, x: dict[str, Any]) -> list[TensorValue]:
         "add_rms_norm": lambda: add_rms_norm(**x, eps=EPS),
         "add_rms_norm_rows": lambda: add_rms_norm_rows(**x, eps=EPS),
         "silu_mul": lambda: silu_mul(**x),
-        "norm_linear": lambda: norm_linear(**x, out_features=s["N"], eps=EPS),
-        "norm_linear_silu_mul": lambda: norm_linear_silu_mul(**x, width=s["I"], eps=EPS),
+        "norm_linear": lambda: norm_linear(**x, out_features=s["N"], eps=EPS, **way),
+        "norm_linear_silu_mul": lambda: norm_linear_silu_mul(**x, width=s["I"], eps=EPS, **way),
         "qk_norm_rope_store": lambda: qk_norm_rope_store(**x, eps=EPS),
-        "paged_attention": lambda: paged_attention(**x, scale=s["D"] ** -0.5),
-        "rope_attention": lambda: rope_attention(**x, eps=EPS, scale=s["D"] ** -0.5),
+        "paged_attention": lambda: paged_attention(**x, scale=s["D"] ** -0.5, **way),
+        "rope_attention": lambda: rope_attention(**x, eps=EPS, scale=s["D"] ** -0.5, **way),
     }
     placed = calls[name]()
     return [placed] if isinstance(placed, TensorValue) else list(placed)

@@ -69,7 +69,7 @@ def test_generate_passes_every_option_on(run, runners):
         *("--frequency-penalty", 0.3, "--stop", "qqq", "--max-model-len", 100, "--max-num-seqs", 2, "--dtype"),
         *("float32", "--max-num-batched-tokens", 64, "--block-size", 8, "--kv-cache-memory", "4MiB", "--device", "cpu"),
         *("--no-enable-prefix-caching", "--hf-overrides", '{"rms_norm_eps": 1e-5}', "--enforce-eager"),
-        *("--gpu-memory-utilization", 0.5),
+        *("--gpu-memory-utilization", 0.5, "--batch-invariant"),
     )
     assert (code, err) == (0, "")
     (runner,) = runners

@@ -224,6 +224,7 @@ def test_bad_generation_defaults_are_named(tmp_path: Path, field: str, value: An
         ("kv_cache_memory_bytes", 0),
         ("enable_prefix_caching", 1),
         ("enforce_eager", "no"),
+        ("batch_invariant", None),
         ("seed", -1),
         ("seed", 2**64),
     ],

@@ -15,6 +15,7 @@ from mili.cli.options import json_object, show_progress, traceback_option
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="DIR")
 @click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32.")
 @click.option("--block-size", type=int, default=16, show_default=True, help="Tokens per KV-cache page.")
+@click.option("--batch-invariant", is_flag=True, help="For `--batch-invariant`; changes nothing for the CPU.")
 @click.option("--hf-overrides", type=json_object, metavar="JSON", help="JSON merged over config.json.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @traceback_option
@@ -24,6 +25,7 @@ def compile_command(
     output: Path,
     dtype: str,
     block_size: int,
+    batch_invariant: bool,
     hf_overrides: dict[str, object] | None,
     revision: str | None,
 ) -> None:
@@ -35,7 +37,7 @@ def compile_command(
     from mili.ahead_of_time import compile_ahead
     from mili.config import EngineConfig
 
-    config = EngineConfig(dtype=dtype, page_size=block_size)
+    config = EngineConfig(dtype=dtype, page_size=block_size, batch_invariant=batch_invariant)
     path = compile_ahead(name, output, target, config, hf_overrides=hf_overrides, revision=revision)
     click.echo(path)
     if target != "cpu":  # taking a virtual device down again is of no use and may fail

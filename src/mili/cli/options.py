@@ -78,6 +78,12 @@ _MODEL_OPTIONS = (
     ),
     click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=None, help="Reuse shared prefixes."),
     click.option("--enforce-eager", is_flag=True, default=None, help="Never replay captured device graphs."),
+    click.option(
+        "--batch-invariant",
+        is_flag=True,
+        default=None,
+        help="Same bits alone and in any batch; slower on a GPU, always so on the CPU.",
+    ),
     click.option("--compiled", metavar="DIR", help="Load the kernels that `mili compile` put there."),
     click.option(
         "--hf-overrides", type=json_object, metavar="JSON", help="JSON merged over config.json, e.g. for YaRN."
@@ -100,8 +106,7 @@ _SAMPLING_OPTIONS = (
 MODEL_KEYS = (
     *("model", "revision", "device", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
     *("block_size", "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching", "enforce_eager"),
-    "compiled",
-    "hf_overrides",
+    *("batch_invariant", "compiled", "hf_overrides"),
 )
 _SAMPLING_KEYS = (
     *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),

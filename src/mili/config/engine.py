@@ -30,6 +30,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None  # KV-cache size; None: from what the device has left
     enable_prefix_caching: bool = True
     enforce_eager: bool = False  # no device-graph capture
+    batch_invariant: bool = False  # a GPU's bits as independent of the batch as a CPU's always are
     compiled: str | Path | None = None  # folder of graphs compiled ahead of time; None: compile, and keep in the cache
     seed: int = 0
 
@@ -48,7 +49,7 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, got {share!r}")
-        for name in ("enable_prefix_caching", "enforce_eager"):
+        for name in ("enable_prefix_caching", "enforce_eager", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.compiled is not None and not Path(self.compiled).is_dir():

@@ -108,13 +108,16 @@ class _Step:
         return [getattr(self, name) for name in _Step.__slots__]
 
 
-def build_graph(config: ModelConfig, dtype: DType, page_size: int, device: DeviceRef) -> Graph:
+def build_graph(
+    config: ModelConfig, dtype: DType, page_size: int, device: DeviceRef, batch_invariant: bool = False
+) -> Graph:
     """Build the graph of one step.
 
     Inputs, in order: `INPUT_NAMES` (T tokens, B requests, P pages of the longest table, R logit rows, E logit edits,
     G masks of W words), cos_sin [M, D] float32, k_cache and v_cache (see `kv_cache_shapes`, written in place).
     Outputs: token_ids [R] int32, logprobs [R] float32, ranks [R] int32, top_ids [R, 20] int32, top_logprobs [R, 20]
-    float32. Weights are external, named as in `weight_specs`.
+    float32. Weights are external, named as in `weight_specs`. With `batch_invariant` a request's outputs have the same
+    bits in whatever batch and chunks; on the CPU they always do.
     """
     on_cpu = device.is_cpu()
     i32, f32 = DType.int32, DType.float32
@@ -160,7 +163,7 @@ def build_graph(config: ModelConfig, dtype: DType, page_size: int, device: Devic
         for number in range(config.num_hidden_layers):
             layer = ops.constant(number, i32, device=DeviceRef.CPU())
             if layer_graph is None:
-                layer_graph = _layer_graph(graph, config, dtype, device, step, x, layer)
+                layer_graph = _layer_graph(graph, config, dtype, device, step, x, layer, batch_invariant)
             outputs = ops.call(layer_graph, x, residual, layer, *step.values(), prefix=f"model.layers.{number}.")
             x, residual = outputs[0].tensor, outputs[1].tensor
         # --8<-- [end:calls]
@@ -169,7 +172,7 @@ def build_graph(config: ModelConfig, dtype: DType, page_size: int, device: Devic
         head = table
         if not config.tie_word_embeddings:
             head = _weight("lm_head.weight", (config.vocab_size, config.hidden_size), dtype, device)
-        logits = linear(last, head, config.vocab_size, out_dtype=f32)
+        logits = linear(last, head, config.vocab_size, out_dtype=f32, batch_invariant=batch_invariant)
         sampling = ("floats", "ints", "edit_starts", "edit_ids", "edit_values", "masks")
         graph.output(*sample(logits, *(_tensor(given[name]) for name in sampling)))
     return graph
@@ -183,6 +186,7 @@ def _layer_graph(
     step: _Step,
     x: TensorValue,
     layer: TensorValue,
+    batch_invariant: bool,
 ) -> Graph:
     """One decoder layer as a subgraph: (x, residual, layer, step) -> (x, residual)."""
     values = step.values()
@@ -195,7 +199,8 @@ def _layer_graph(
             name: _weight(name, shape, dtype, device, placeholder=True)
             for name, (_, shape) in _layer_table(config).items()
         }
-        sub.output(*_layer(config, weights, inputs[0].tensor, inputs[1].tensor, inputs[2].tensor, inner))
+        x, residual, layer = (value.tensor for value in inputs[:3])
+        sub.output(*_layer(config, weights, x, residual, layer, inner, batch_invariant))
     return sub
 
 
@@ -206,6 +211,7 @@ def _layer(
     residual: TensorValue,
     layer: TensorValue,
     step: _Step,
+    batch_invariant: bool,
 ) -> tuple[TensorValue, TensorValue]:
     """x [T, H] is what the previous block adds to the residual stream [T, H]; the adds happen inside the norms."""
     # --8<-- [start:layer]
@@ -220,6 +226,7 @@ def _layer(
         heads * head_dim,
         eps,
         weights.get("self_attn.qkv_proj.bias"),
+        batch_invariant=batch_invariant,
     )
     q_norm, k_norm = weights["self_attn.q_norm.weight"], weights["self_attn.k_norm.weight"]
     attended = rope_attention(
@@ -237,13 +244,26 @@ def _layer(
         step.max_seq_len,
         eps,
         head_dim**-0.5,
+        batch_invariant=batch_invariant,
     )
-    x = linear(attended, weights["self_attn.o_proj.weight"], config.hidden_size, weights.get("self_attn.o_proj.bias"))
+    x = linear(
+        attended,
+        weights["self_attn.o_proj.weight"],
+        config.hidden_size,
+        weights.get("self_attn.o_proj.bias"),
+        batch_invariant=batch_invariant,
+    )
     gain = weights["post_attention_layernorm.weight"]
     x, residual = norm_linear_silu_mul(
-        x, residual, gain, weights["mlp.gate_up_proj.weight"], config.intermediate_size, eps
+        x,
+        residual,
+        gain,
+        weights["mlp.gate_up_proj.weight"],
+        config.intermediate_size,
+        eps,
+        batch_invariant=batch_invariant,
     )
-    x = linear(x, weights["mlp.down_proj.weight"], config.hidden_size)
+    x = linear(x, weights["mlp.down_proj.weight"], config.hidden_size, batch_invariant=batch_invariant)
     return x, residual
     # --8<-- [end:layer]
 

@@ -79,6 +79,8 @@ def paged_attention(
     max_query_len: TensorValue,
     max_seq_len: TensorValue,
     scale: float,
+    *,
+    batch_invariant: bool = False,
 ) -> TensorValue:
     """Attend each row to the cached keys of its request up to its own position.
 
@@ -91,6 +93,7 @@ def paged_attention(
         max_query_len: int32 host scalar, most rows of any request.
         max_seq_len: int32 host scalar, most cached tokens of any request.
         scale: Factor on the scores.
+        batch_invariant: Whether a row's bits may not depend on how many rows its request has; on the CPU they never do.
 
     Returns:
         [T, Hq * D].
@@ -114,7 +117,7 @@ def paged_attention(
         max_query_len,
         max_seq_len,
     ]
-    return kernel_op(op, q.device, values, [out], {"scale": scale})[0]
+    return kernel_op(op, q.device, values, [out], {"scale": scale, "batch_invariant": batch_invariant})[0]
 
 
 def rope_attention(
@@ -132,6 +135,8 @@ def rope_attention(
     max_seq_len: TensorValue,
     eps: float,
     scale: float,
+    *,
+    batch_invariant: bool = False,
 ) -> TensorValue:
     """`paged_attention` of what `qk_norm_rope_store` returns: one kernel where every request has one token on a GPU.
 
@@ -160,7 +165,8 @@ def rope_attention(
         max_query_len,
         max_seq_len,
     ]
-    attended, _scratch = kernel_op(op, qkv.device, values, [out, out], {"eps": eps, "scale": scale})
+    parameters = {"eps": eps, "scale": scale, "batch_invariant": batch_invariant}
+    attended, _scratch = kernel_op(op, qkv.device, values, [out, out], parameters)
     return attended
 
 

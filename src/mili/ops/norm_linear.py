@@ -17,6 +17,8 @@ def norm_linear(
     out_features: int,
     eps: float,
     bias: TensorValue | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> tuple[TensorValue, TensorValue]:
     """Return (rms_norm(x + residual) * gain @ weight^T (+ bias), x + residual).
 
@@ -28,6 +30,7 @@ def norm_linear(
         out_features: N.
         eps: Added to the mean square.
         bias: [N], dtype of `x`.
+        batch_invariant: Whether a row's bits may not depend on the other rows; on the CPU they never do.
 
     Returns:
         The product [T, N] and the new residual stream [T, H].
@@ -36,16 +39,24 @@ def norm_linear(
     row = TensorType(x.dtype, x.shape, x.device)
     out = [TensorType(x.dtype, [x.shape[0], out_features], x.device), row, row]  # the last is scratch
     values = [x, residual, gain, weight]
+    parameters = {"eps": eps, "batch_invariant": batch_invariant}
     if bias is None:
-        y, total, _ = kernel_op("norm_linear", x.device, values, out, {"eps": eps})
+        y, total, _ = kernel_op("norm_linear", x.device, values, out, parameters)
         return y, total
     check_tensor("norm_linear", "bias", bias, x.dtype, out_features)
-    y, total, _ = kernel_op("norm_linear_bias", x.device, [*values, bias], out, {"eps": eps})
+    y, total, _ = kernel_op("norm_linear_bias", x.device, [*values, bias], out, parameters)
     return y, total
 
 
 def norm_linear_silu_mul(
-    x: TensorValue, residual: TensorValue, gain: TensorValue, weight: TensorValue, width: int, eps: float
+    x: TensorValue,
+    residual: TensorValue,
+    gain: TensorValue,
+    weight: TensorValue,
+    width: int,
+    eps: float,
+    *,
+    batch_invariant: bool = False,
 ) -> tuple[TensorValue, TensorValue]:
     """Return (silu(h @ gate^T) * (h @ up^T), x + residual) where h = rms_norm(x + residual) * gain.
 
@@ -56,6 +67,7 @@ def norm_linear_silu_mul(
         weight: Rows of gate, then of up, 2 * `width` in all, in the shape of `linear_weight_shape`, dtype of `x`.
         width: I.
         eps: Added to the mean square.
+        batch_invariant: As for `norm_linear`.
 
     Returns:
         The activations [T, I] and the new residual stream [T, H].
@@ -65,7 +77,8 @@ def norm_linear_silu_mul(
     fused = not x.device.is_cpu() and x.dtype == DType.bfloat16
     gate_up = TensorType(x.dtype, [_SKINNY_ROWS if fused else x.shape[0], 2 * width], x.device)
     out = [TensorType(x.dtype, [x.shape[0], width], x.device), row, row, gate_up]  # the last two are scratch
-    y, total, _, _ = kernel_op("norm_linear_silu_mul", x.device, [x, residual, gain, weight], out, {"eps": eps})
+    parameters = {"eps": eps, "batch_invariant": batch_invariant}
+    y, total, _, _ = kernel_op("norm_linear_silu_mul", x.device, [x, residual, gain, weight], out, parameters)
     return y, total
 
 
