@@ -54,7 +54,13 @@ def test_another_page_size_is_refused_by_name(compiled, no_compiler):
 
 @pytest.mark.parametrize(
     ("key", "name", "value"),
-    [("sources", "sources", "0"), ("target", "arch", "sm_90a"), ("config", "hidden_size", 7), ("max", "max", "26.6.0")],
+    [
+        ("sources", "sources", "0"),
+        ("target", "arch", "sm_90a"),
+        ("config", "hidden_size", 7),
+        ("max", "max", "26.6.0"),
+        ("batch_invariant", "batch_invariant", True),
+    ],
 )
 def test_what_else_it_was_made_for_is_named(compiled, no_compiler, facts, key, name, value):
     made = {**facts, key: {**facts[key], name: value} if isinstance(facts[key], dict) else value}
@@ -63,6 +69,16 @@ def test_what_else_it_was_made_for_is_named(compiled, no_compiler, facts, key, n
     artefact_path(made, compiled).with_suffix(".json").write_text(json.dumps(made))
     with pytest.raises(ConfigError, match=f"made for {name} {value!r} "):
         LLM(compiled=compiled, dtype="bfloat16")
+
+
+def test_batch_invariance_asks_a_gpu_for_another_graph_and_the_cpu_for_the_same(facts):
+    def wanted(target, batch_invariant):
+        return artefact_facts(ModelConfig.from_pretrained(FOLDER), "bfloat16", 16, target, batch_invariant)
+
+    gpu = Target("gpu", "sm_90a")
+    assert wanted(Target.of(CPU()), True) == facts
+    assert wanted(gpu, True)["batch_invariant"]
+    assert artefact_path(wanted(gpu, True)) != artefact_path(wanted(gpu, False))
 
 
 def test_an_empty_missing_or_damaged_folder_is_refused(compiled, no_compiler, tmp_path_factory, facts):
