@@ -92,8 +92,23 @@ CASES = (
     Case("add_rms_norm", lambda m: [{"H": m.hidden}], _rows("T")),
     Case("add_rms_norm_rows", lambda m: [{"H": m.hidden}], lambda s: [{"T": 300, "R": rows} for rows in BATCHES]),
     Case("silu_mul", lambda m: [{"I": m.inter}], _rows("T")),
+    Case(
+        "norm_linear",
+        lambda m: [{"H": m.hidden, "N": (m.heads + 2 * m.kv_heads) * m.head_dim, "bias": False}],
+        lambda s: [{"T": rows} for rows in (*BATCHES, 8, 9, 530)],
+        {"T": 6, "N": 96},
+        {"x": ("T",), "residual": ("T",), "weight": ("N",), "bias": ("N",), "y": ("T", "N"), "residual_out": ("T",)},
+    ),
+    Case(
+        "norm_linear_silu_mul",
+        lambda m: [{"H": m.hidden, "I": m.inter}],
+        lambda s: [{"T": rows} for rows in (*BATCHES, 8, 9, 530)],
+        {"T": 6, "I": 48},
+        {"x": ("T",), "residual": ("T",), "weight": ("2I",), "y": ("T", "I"), "residual_out": ("T",)},
+    ),
     Case("qk_norm_rope_store", lambda m: [m.attention], _rows("T")),
     Case("paged_attention", lambda m: [m.attention], _attention),
+    Case("rope_attention", lambda m: [m.attention], _attention),
     Case(
         "linear",
         _linear,
