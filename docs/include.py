@@ -7,11 +7,14 @@ A chapter quotes a region of a file by a comment and the fenced block after it:
 The file marks the region with comments `--8<-- [start:row_cpu]` and `--8<-- [end:row_cpu]`, as pymdownx.snippets does.
 The code is written into the chapter, so that a plain Git host shows it.
 
+A table of measurements is quoted from the log in the same way, without a fence; there the region's comments are
+`<!-- --8<-- [start:decode_step] -->` and `<!-- --8<-- [end:decode_step] -->`.
+
     python docs/include.py           # bring every chapter up to date
     python docs/include.py --check   # change nothing; exit 1 and name the chapters that are not
 
-Knows Markdown and marker comments, no language. Invariant: a quotation without its region is an error, never an empty
-block.
+Knows Markdown and marker comments, no other language. Invariant: a quotation without its region is an error, never an
+empty block.
 """
 
 import re
@@ -23,8 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 _QUOTE = re.compile(
     r'<!-- --8<-- "(?P<path>[^":]+):(?P<region>\w+)" -->\n\n?(?P<open>```\w+)\n(?P<code>.*?)^```$', re.M | re.S
 )
+_TABLE = re.compile(r'<!-- --8<-- "(?P<path>[^":]+\.md):(?P<region>\w+)" -->\n\n(?P<code>(?:\|[^\n]*\n)+)')
 _COMMENT = re.compile(r'<!-- --8<-- "')
-_MARKER = re.compile(r"^\s*# --8<-- \[(start|end):(\w+)\]$")
+_MARKER = re.compile(r"^\s*(?:#|<!--) --8<-- \[(start|end):(\w+)\](?: -->)?$")
 
 
 def chapters() -> list[Path]:
@@ -48,12 +52,13 @@ def region(path: str, name: str) -> str:
 
 def updated(text: str) -> str:
     """`text` with the code of every quotation as the source has it now."""
-    quotes = list(_QUOTE.finditer(text))
+    quotes = sorted([*_QUOTE.finditer(text), *_TABLE.finditer(text)], key=lambda quote: quote.start())
     if len(quotes) != len(_COMMENT.findall(text)):
-        raise ValueError("a --8<-- comment has no fenced block of code right after it")
+        raise ValueError("a --8<-- comment has no fenced block of code, or table, right after it")
     for quote in reversed(quotes):
         start, end = quote.span("code")
-        text = text[:start] + region(quote["path"], quote["region"]) + text[end:]
+        code = region(quote["path"], quote["region"])
+        text = text[:start] + (code.strip("\n") + "\n" if quote["path"].endswith(".md") else code) + text[end:]
     return text
 
 

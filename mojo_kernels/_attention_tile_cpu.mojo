@@ -45,6 +45,7 @@ def _scores[D: Int, ROWS: Int](scores: Ptr[F32], q: Ptr[F32], keys: Ptr[F32]):
                 scores.unsafe_store(r * TILE + (part * N + v) * W, acc[r * N + v])
 
 
+# --8<-- [start:softmax_row]
 @always_inline
 def _softmax_row(scores: Ptr[F32], valid: Int, mut m: Float32, mut l: Float32) -> Float32:
     """Turns one row of scores into weights in place, masked past `valid`; returns the factor for what came before."""
@@ -68,6 +69,7 @@ def _softmax_row(scores: Ptr[F32], valid: Int, mut m: Float32, mut l: Float32) -
     l = l * factor + total.reduce_add()
     m = new_m
     return factor
+    # --8<-- [end:softmax_row]
 
 
 @always_inline
@@ -110,6 +112,7 @@ def _accumulate[dtype: DType, D: Int, ROWS: Int](
                 o.unsafe_store(r * D + (part * N + v) * W, acc[r * N + v])
 
 
+# --8<-- [start:merge_row]
 @always_inline
 def _merge_row[D: Int](
     mut m: Float32, mut l: Float32, o: Ptr[F32], part_m: Float32, part_l: Float32, part_o: Ptr[F32]
@@ -122,3 +125,4 @@ def _merge_row[D: Int](
         o.unsafe_store(v * W, o.unsafe_load[width=W](v * W) * a + part_o.unsafe_load[width=W](v * W) * b)
     m = new_m
     l = l * a + part_l * b
+    # --8<-- [end:merge_row]

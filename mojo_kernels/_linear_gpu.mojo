@@ -138,6 +138,7 @@ def _linear_tiles[
         var w_rows = 2 * n if GATED else n
         var k_tiles = ceildiv(k, 64)
 
+        # --8<-- [start:choice]
         @always_inline
         def nanoseconds[COLUMNS: Int](step: Int, tile: Int) {imm} -> Int:
             """Estimates waves of tiles of 128 tokens by COLUMNS rows of w: a step of 64 in k, and what a tile costs besides."""
@@ -152,6 +153,7 @@ def _linear_tiles[
         if split == 2:
             by_128 = k_tiles // 2 * 372 + 5400
         var best = min(by_128, min(by_192, by_256))
+        # --8<-- [end:choice]
         # 64 rows of w by 128 tokens, one warpgroup; k in one part or two.
         var small = ceildiv(w_rows, 64) * ceildiv(m, 128)
         var parts = 2 if not INVARIANT and 2 * small <= SMS and k_tiles >= 32 else 1

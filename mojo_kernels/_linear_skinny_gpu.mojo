@@ -43,6 +43,7 @@ def _skinny_kernel[
     var acc = Array[SIMD[F32, 4], TILES](fill=0)
     var wv = Array[SIMD[BF16, 8], TILES * CHUNKS](fill=0)
 
+    # --8<-- [start:load_w]
     @always_inline
     def load_w(run: Int, k: Int) {mut wv, imm}:
         comptime for t in range(TILES):
@@ -57,6 +58,7 @@ def _skinny_kernel[
     load_w(run, k)
     launch_dependent_grids()
     wait_on_dependent_grids()
+    # --8<-- [end:load_w]
     while True:
         comptime for c in range(CHUNKS):
             var at = k + c * 32 + lane_k

@@ -51,11 +51,13 @@ def _transpose_quad(v: SIMD[DType.uint32, 4]) -> SIMD[DType.uint32, 4]:
     return r
 
 
+# --8<-- [start:gate]
 @always_inline
 def gate[COLUMNS: Int](acc: TileTensor[mut=True, dtype=F32, address_space=AddressSpace.LOCAL, ...]):
     """Turns a fragment, gate columns and then as many up columns, into silu(gate) * up in its first half."""
     comptime for i in range(COLUMNS // 4):
         acc[0, i] = _silu_mul[BF16, 1](acc[0, i][0].cast[BF16](), acc[0, COLUMNS // 4 + i][0].cast[BF16]()).cast[F32]()
+# --8<-- [end:gate]
 
 
 @always_inline

@@ -43,8 +43,10 @@ def launch_decode[
     var head_tiles = ceildiv(group, HEADS)
     var heads = min(group, HEADS)
     # Neither choice changes a bit of the result.
+    # --8<-- [start:blocks]
     var is_split = head_tiles * num_kv_heads * num_requests <= SPLIT_BLOCKS and max_seq_len > SPLIT_KEYS
     var log_blocks = log2_floor(PARTS) if is_split else 0
+    # --8<-- [end:blocks]
 
     @always_inline
     def launch[split: Bool, slots: Int]() raises {imm}:

@@ -98,6 +98,7 @@ def _decode_kernel[
         return
     comptime if split:
         cluster_arrive_relaxed()  # this block runs: its shared memory may be written to
+    # --8<-- [start:parts]
     var tiles = ceildiv(seq_len, Int32(TILE))
 
     @always_inline
@@ -107,6 +108,7 @@ def _decode_kernel[
 
     var first_part = (rank << Int32(log2_floor(PARTS))) >> log_blocks
     var last_part = ((rank + 1) << Int32(log2_floor(PARTS))) >> log_blocks
+    # --8<-- [end:parts]
     var key = tile_of(first_part) * Int32(TILE) + Int32(warp_index * CHUNK)
     var last_key = seq_len - 1
     var fetched_keys = last_key if fused else seq_len  # of these the cache holds K and V
@@ -131,6 +133,7 @@ def _decode_kernel[
     var ahead_key = key
     var ahead_page = Int32(0)
 
+    # --8<-- [start:fetch]
     @always_inline
     def fetch[of_values: Bool](slot: Int) {mut ahead, mut ahead_key, mut ahead_page, mut chunk_pages, imm}:
         """Starts copying K of the chunk ahead, or V and then moves on to the chunk after it."""
@@ -158,6 +161,7 @@ def _decode_kernel[
         comptime if of_values:
             ahead += 1
             ahead_key += Int32(TILE)
+    # --8<-- [end:fetch]
 
     # Only the last key of a request is written by this step, in the kernel before this one, which may still run, or here.
     comptime for slot in range(slots):
@@ -234,6 +238,7 @@ def _decode_kernel[
         var m = Float32.MIN_FINITE
         var l = Float32(0)
         while key < part_end:
+            # --8<-- [start:products]
             async_copy_wait_group(Int32(slots - 1))
             put_new(0, slot)
             syncwarp()
@@ -270,6 +275,7 @@ def _decode_kernel[
                 var v = ld_matrix[simd_width=8, transpose=True](chunk.unsafe_offset(matrix ^ (i * 16)))
                 o[i] *= fades
                 mma(o[i], v, p_frag, o[i])
+            # --8<-- [end:products]
             syncwarp()
             fetch[slots % 2 == 0](slot)
             slot = slot + 1 if slot + 1 < slots else 0

@@ -126,6 +126,7 @@ struct _Sums[head_dim: Int, split: Bool]:
         else:
             cluster_arrive()
             cluster_wait()
+            # --8<-- [start:merge]
             if thread_idx.x < self.heads * self.share:
                 var head = Int(Int32(thread_idx.x) >> self.log_share)
                 var column = thread_idx.x & (self.share - 1)
@@ -137,3 +138,4 @@ struct _Sums[head_dim: Int, split: Bool]:
                 var row = (self.total[0] * _inverse(self.total_l[0])).cast[dtype]()
                 var to = first_row + head * Self.head_dim + (Int(rank) * self.share + column) * 4
                 output.unsafe_store[alignment=8](to, row)
+            # --8<-- [end:merge]

@@ -84,6 +84,7 @@ struct _Projected[dtype: DType, head_dim: Int, fused: Bool](TrivialRegisterPassa
             if self.own < heads:
                 q_rows.unsafe_store[alignment=16](self.own * Self.Q_LD + self.at, stored_low)
                 q_rows.unsafe_store[alignment=16](self.own * Self.Q_LD + self.at + Self.HALF, stored_high)
+            # --8<-- [start:newest]
             elif self.own < heads + 2 and has_newest:
                 var to = (self.own - heads) * Self.head_dim + self.at
                 new_kv.unsafe_store[alignment=16](to, stored_low)
@@ -94,3 +95,4 @@ struct _Projected[dtype: DType, head_dim: Int, fused: Bool](TrivialRegisterPassa
                     var cache = (k_layer if self.own == heads else v_layer).unsafe_offset(Int(line) * Self.head_dim + self.at)
                     cache.unsafe_store[alignment=16](0, stored_low)
                     cache.unsafe_store[alignment=16](Self.HALF, stored_high)
+            # --8<-- [end:newest]

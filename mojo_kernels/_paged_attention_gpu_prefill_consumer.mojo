@@ -155,6 +155,7 @@ def _attend[
         p = _pack[dtype](s)
         before = stage
         count += 1
+        # --8<-- [start:consumer]
         for t in range(1, tiles):
             before_phase = UInt32((count - 1) // STAGES & 1)
             stage = count % STAGES
@@ -179,6 +180,7 @@ def _attend[
             p = _pack[dtype](s)
             before = stage
             count += 1
+        # --8<-- [end:consumer]
         turn += 1
     if turn > 0:
         shared.full_v[unsafe_offset=before].wait(UInt32((count - 1) // STAGES & 1))

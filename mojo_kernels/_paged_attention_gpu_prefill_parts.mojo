@@ -101,6 +101,7 @@ struct _Shared[dtype: DType, head_dim: Int](TrivialRegisterPassable):
         barrier()
 
 
+# --8<-- [start:softmax]
 @always_inline
 def _softmax[
     FACTOR: Float32
@@ -139,3 +140,4 @@ def _softmax[
                 s[n * 4 + h * 2 + e] = _exp2(s[n * 4 + h * 2 + e].fma(FACTOR, -shift))
             sums[n % 4] += s[n * 4 + h * 2] + s[n * 4 + h * 2 + 1]
         l[h] = l[h] * fade[h] + ((sums[0] + sums[1]) + (sums[2] + sums[3]))
+    # --8<-- [end:softmax]

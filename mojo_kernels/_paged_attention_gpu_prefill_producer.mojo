@@ -59,6 +59,7 @@ def _bring_keys[
     var patches = UInt32(0)
     var item = next_item(round)
 
+    # --8<-- [start:producer]
     @always_inline
     def origins(t: Int, seq_len: Int) {imm} -> Array[Int32, PARTS]:
         """Where in the cache the boxes of a tile start that this lane copies."""
@@ -89,6 +90,7 @@ def _bring_keys[
                     landed.unsafe_ptr(),
                     Index(0, 0, half, Int(at[i])),
                 )
+    # --8<-- [end:producer]
 
     wait_on_dependent_grids()
     while item.tiles > 0:

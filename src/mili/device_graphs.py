@@ -64,6 +64,7 @@ class DecodeGraphs:
         # Room for masks in every bucket would be uploaded with every step: 19 KB a row, for a vocabulary of 151,936.
         if int(arrays["edit_starts"][-1]) or arrays["ints"][:, 6].max() >= 0:
             return None
+        # --8<-- [start:submit]
         size = (_next_power(requests, 1), _next_power(arrays["page_table"].shape[1], _MIN_PAGES))
         bucket = self._buckets.get(size)
         if bucket is None:
@@ -78,6 +79,7 @@ class DecodeGraphs:
             bucket.outputs.extend(self._model.capture(bucket.key, *bucket.inputs))
         self._model.replay(bucket.key, *bucket.inputs)
         return bucket.outputs
+        # --8<-- [end:submit]
 
     def _new_bucket(self, requests: int, width: int) -> _Bucket:
         layout = Layout(

@@ -21,8 +21,9 @@ def test_a_chapter_prints_what_it_says(chapter):
 
 
 def test_the_chapters_with_programs_are_these():
-    names = ["README.md", "01_overview.md", "02_kernel_guide.md", "03_python_integration.md", "05_kv_cache.md"]
-    names += ["06_deployment.md", "08_troubleshooting.md", "10_best_practices.md"]
+    names = ["README.md", "01_overview.md", "02_kernel_guide.md", "03_python_integration.md", "04_attention.md"]
+    names += ["05_kv_cache.md", "06_deployment.md", "07_advanced_optimisation.md", "08_troubleshooting.md"]
+    names += ["10_best_practices.md"]
     assert [path.name for path in WITH_PYTHON] == names
 
 

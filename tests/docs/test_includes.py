@@ -8,7 +8,7 @@ from support.doc_tools import ROOT, docs_script
 
 include = docs_script("include")
 QUOTED = re.compile(r'--8<-- "([^":]+):(\w+)"')
-MARKED = re.compile(r"# --8<-- \[start:(\w+)\]")
+MARKED = re.compile(r"(?:#|<!--) --8<-- \[start:(\w+)\]")
 
 
 def test_every_quotation_is_up_to_date(capsys):
@@ -18,6 +18,7 @@ def test_every_quotation_is_up_to_date(capsys):
 def test_every_marked_region_is_quoted():
     quoted = {pair for chapter in include.chapters() for pair in QUOTED.findall(chapter.read_text(encoding="utf-8"))}
     sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("mojo_kernels/*.mojo"), *ROOT.glob("docs/*.mojo")]
+    sources.append(ROOT / "docs" / "LOG.md")
     marked = {
         (str(path.relative_to(ROOT)), name)
         for path in sources
@@ -47,6 +48,18 @@ def test_regions_are_dedented_and_lose_the_markers_inside_them(tmp_path, monkeyp
     assert include.region("a.py", "inner") == "y()\n"
     with pytest.raises(ValueError, match=r"a\.py must mark the region 'other' once"):
         include.region("a.py", "other")
+
+
+def test_a_table_is_quoted_without_a_fence(tmp_path, monkeypatch):
+    monkeypatch.setattr(include, "ROOT", tmp_path)
+    table = "  | a | b |\n  |---|---|\n  | 1 | 2 |\n"
+    (tmp_path / "LOG.md").write_text(
+        f"- Result:\n\n  <!-- --8<-- [start:one] -->\n\n{table}\n  <!-- --8<-- [end:one] -->\n"
+    )
+    text = '<!-- --8<-- "LOG.md:one" -->\n\n| old |\n\nafter\n'
+    new = include.updated(text)
+    assert new == '<!-- --8<-- "LOG.md:one" -->\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nafter\n'
+    assert include.updated(new) == new
 
 
 def test_a_quotation_without_a_block_is_an_error():
