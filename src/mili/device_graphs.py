@@ -2,8 +2,9 @@
 
 A decode step (one token a request) has few shapes, so it is padded up to the next bucket of requests and of page-table
 width, and the launch sequence of that bucket is captured once and replayed. Padding rows are requests of one token at
-slot 0, in the scratch page. A step may be enqueued while the one before it still runs: the tokens that one samples are
-copied into its token ids on the device.
+slot 0, in the scratch page. Steps with masks have buckets of their own: a mask is 19 KB a row for a vocabulary of
+151,936, which the others need not upload. A step may be enqueued while the one before it still runs: the tokens that
+one samples are copied into its token ids on the device.
 
 Knows buffers and shapes; knows no requests. Invariant: a replay computes exactly what the eager call on the same arrays
 would.
@@ -48,24 +49,24 @@ class DecodeGraphs:
     def __init__(self, model: Model, device: Device, fixed: list[Buffer], page_size: int) -> None:
         """`fixed` are the graph's last inputs: rotary table and caches, the same in every step."""
         self._model, self._device, self._fixed, self._page_size = model, device, fixed, page_size
-        self._buckets: dict[tuple[int, int], _Bucket] = {}
+        self._buckets: dict[tuple[int, int, int], _Bucket] = {}
 
     def submit(self, arrays: Arrays, turn: int, after: Buffer | None = None) -> list[Buffer] | None:
         """Enqueue a replay of the step, capturing its bucket first if it is new; None if it is no plain decode step.
 
-        A plain decode step has one token and one row of logits a request, and no logit edits or masks. `turn`, 0 or 1,
-        is the side of host memory to use; nothing on the device may still read it. With `after`, the sampled tokens of
-        the step before, these are the step's token ids, row by row. Outputs have the bucket's number of rows; the first
-        R are the step's. They are overwritten by the next replay.
+        A plain decode step has one token and one row of logits a request, and no logit edits. `turn`, 0 or 1, is the
+        side of host memory to use; nothing on the device may still read it. With `after`, the sampled tokens of the
+        step before, these are the step's token ids, row by row. Outputs have the bucket's number of rows; the first R
+        are the step's. They are overwritten by the next replay.
         """
         requests = len(arrays["seq_lens"])
         if len(arrays["token_ids"]) != requests or len(arrays["logit_rows"]) != requests:
             return None
-        # Room for masks in every bucket would be uploaded with every step: 19 KB a row, for a vocabulary of 151,936.
-        if int(arrays["edit_starts"][-1]) or arrays["ints"][:, 6].max() >= 0:
+        if int(arrays["edit_starts"][-1]):
             return None
+        words = arrays["masks"].shape[1] if arrays["ints"][:, 6].max() >= 0 else 0  # of a mask; 0 without masks
         # --8<-- [start:submit]
-        size = (_next_power(requests, 1), _next_power(arrays["page_table"].shape[1], _MIN_PAGES))
+        size = (_next_power(requests, 1), _next_power(arrays["page_table"].shape[1], _MIN_PAGES), words)
         bucket = self._buckets.get(size)
         if bucket is None:
             bucket = self._buckets[size] = self._new_bucket(*size)
@@ -81,7 +82,7 @@ class DecodeGraphs:
         return bucket.outputs
         # --8<-- [end:submit]
 
-    def _new_bucket(self, requests: int, width: int) -> _Bucket:
+    def _new_bucket(self, requests: int, width: int, words: int) -> _Bucket:
         layout = Layout(
             {
                 "token_ids": (requests,),
@@ -96,7 +97,7 @@ class DecodeGraphs:
                 "edit_starts": (requests + 1,),
                 "edit_ids": (1,),
                 "edit_values": (1, 3),
-                "masks": (1, 1),
+                "masks": (requests, words) if words else (1, 1),
             }
         )
         pairs = [page_locked(DType.int32, [layout.size], self._device) for _ in range(2)]
@@ -111,7 +112,7 @@ class DecodeGraphs:
         # Grids must fit every step of the bucket.
         scalars = {"max_query_len": 1, "max_seq_len": width * self._page_size}
         inputs = [*layout.inputs(block, scalars), *self._fixed]
-        key = requests << 32 | width
+        key = requests << 32 | width << 1 | (words > 0)
         return _Bucket(key, block, layout.offsets["token_ids"], inputs, [], [source for source, _ in pairs], sides)
 
     def close(self) -> None:
@@ -131,6 +132,7 @@ def _write_step(target: Mapping[str, NDArray[Any]], arrays: Arrays, requests: in
     table = arrays["page_table"]
     # Columns past a request's pages are never read, so old page ids may stay there.
     target["page_table"][:requests, : table.shape[1]] = table
+    target["masks"][: len(arrays["masks"])] = arrays["masks"]
     if requests == len(target["seq_lens"]):
         for name in _PER_REQUEST:
             target[name][:] = arrays[name]

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from mili import LLM, SamplingParams
+from mili import LLM, SamplingParams, StructuredOutputsParams
 from mili.device_graphs import DecodeGraphs
 from mili.transfers import Landings
 
@@ -15,12 +15,20 @@ SEVERAL = SamplingParams(temperature=1.0, n=3, seed=2, max_tokens=30, stop=["\n\
 
 
 class Capturable:
-    """A model that "captures" by executing and "replays" by executing into the captured outputs."""
+    """A model that "captures" by executing and "replays" by executing into the captured outputs.
 
-    def __init__(self, model) -> None:
-        self.execute = model.execute
+    On a GPU copies and launches are done in the order of one queue. The CPU copies on its own time, so here every
+    execution first waits for the copies that were asked for before it.
+    """
+
+    def __init__(self, model, device) -> None:
+        self._execute, self._device = model.execute, device
         self.captured: dict[int, list] = {}
         self.num_replays = 0
+
+    def execute(self, *inputs):
+        self._device.synchronize()
+        return self._execute(*inputs)
 
     def capture(self, key, *inputs):
         self.captured[key] = self.execute(*inputs)
@@ -39,7 +47,7 @@ def make_llm(looks_ahead: bool) -> LLM:
     llm = LLM(device="cpu", max_num_seqs=16)
     if looks_ahead:
         runner = llm._loaded.engine._runner
-        runner._model = Capturable(runner._model)
+        runner._model = Capturable(runner._model, runner.device)
         runner._landings = Landings(runner.device, max_rows=16 + 256)
         runner._graphs = DecodeGraphs(runner._model, runner.device, runner._fixed, page_size=16)
         assert runner.looks_ahead
@@ -65,6 +73,29 @@ def test_outputs_are_those_of_one_step_at_a_time(params: SamplingParams) -> None
     assert not model.captured
 
 
+def test_steps_with_masks_are_replayed_too() -> None:
+    """Requests with a grammar and without, in one batch that shrinks."""
+    prompts = [[draw] * 4 for draw in (5, 6, 7, 8, 9)]
+    forms = [
+        StructuredOutputsParams(regex=r"[0-9]{12}"),
+        None,
+        StructuredOutputsParams(choice=["yes", "no"]),
+        None,
+        None,
+    ]
+    params = [SamplingParams(temperature=0, max_tokens=20, structured_outputs=form) for form in forms]
+    with make_llm(False) as llm:
+        expected = [fingerprint(output) for output in llm.generate(prompts, params, use_tqdm=False)]
+    with make_llm(True) as llm:
+        runner = llm._loaded.engine._runner
+        assert [fingerprint(output) for output in llm.generate(prompts, params, use_tqdm=False)] == expected
+        words = -(-llm.model_config.vocab_size // 32)
+        assert {size[2] for size in runner._graphs._buckets} == {0, words}
+        assert runner._model.num_replays > 10
+        assert len({bucket.key for bucket in runner._graphs._buckets.values()}) == len(runner._graphs._buckets)
+    assert expected[0][0][1].isdigit() and expected[2][0][1] in ("yes", "no")
+
+
 def test_padding_and_old_host_memory_do_not_show() -> None:
     """One bucket, fed from both sides in turn by batches of different sizes and lengths."""
     prompts = [[7] * 40, [8] * 3, [9] * 30, [10]]
@@ -76,6 +107,6 @@ def test_padding_and_old_host_memory_do_not_show() -> None:
         three = [fingerprint(output) for output in llm.generate(prompts[:3], GREEDY, use_tqdm=False)]
         four = [fingerprint(output) for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
         assert (first, three, four) == (expected[0], expected[:3], expected)
-        assert sorted(runner._graphs._buckets) == [(1, 16), (4, 16)]
-        arrays = runner._graphs._buckets[4, 16].arrays[0]
+        assert sorted(runner._graphs._buckets) == [(1, 16, 0), (4, 16, 0)]
+        arrays = runner._graphs._buckets[4, 16, 0].arrays[0]
         np.testing.assert_array_equal(arrays["query_starts"], range(5))
