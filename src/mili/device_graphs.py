@@ -3,8 +3,8 @@
 A decode step (one token a request) has few shapes, so it is padded up to the next bucket of requests and of page-table
 width, and the launch sequence of that bucket is captured once and replayed. Padding rows are requests of one token at
 slot 0, in the scratch page. Steps with masks have buckets of their own: a mask is 19 KB a row for a vocabulary of
-151,936, which the others need not upload. A step may be enqueued while the one before it still runs: the tokens that
-one samples are copied into its token ids on the device.
+151,936, which the others need not upload; many such rows are left to an eager call. A step may be enqueued while the
+one before it still runs: the tokens that one samples are copied into its token ids on the device.
 
 Knows buffers and shapes; knows no requests. Invariant: a replay computes exactly what the eager call on the same arrays
 would.
@@ -25,6 +25,7 @@ from mili.transfers import Arrays, Layout, page_locked
 __all__ = ["DecodeGraphs"]
 
 _MIN_PAGES = 16  # narrowest page table worth a graph of its own
+_MAX_MASK_WORDS = 1 << 19  # in a bucket: each holds them three times, twice in page-locked memory
 _PER_REQUEST = ("token_ids", "positions", "slots", "seq_lens", "floats", "ints")
 # What a row of padding holds where it is not zero: temperature 0 with top_p 1; no log-probabilities, target or mask.
 _PADDING = {"seq_lens": 1, "floats": (0.0, 1.0, 0.0), "ints": (0, -1, -1, 0, 0, 0, -1)}
@@ -54,10 +55,10 @@ class DecodeGraphs:
     def submit(self, arrays: Arrays, turn: int, after: Buffer | None = None) -> list[Buffer] | None:
         """Enqueue a replay of the step, capturing its bucket first if it is new; None if it is no plain decode step.
 
-        A plain decode step has one token and one row of logits a request, and no logit edits. `turn`, 0 or 1, is the
-        side of host memory to use; nothing on the device may still read it. With `after`, the sampled tokens of the
-        step before, these are the step's token ids, row by row. Outputs have the bucket's number of rows; the first R
-        are the step's. They are overwritten by the next replay.
+        A plain decode step has one token and one row of logits a request, no logit edits and not too many masks.
+        `turn`, 0 or 1, is the side of host memory to use; nothing on the device may still read it. With `after`, the
+        sampled tokens of the step before, these are the step's token ids, row by row. Outputs have the bucket's number
+        of rows; the first R are the step's. They are overwritten by the next replay.
         """
         requests = len(arrays["seq_lens"])
         if len(arrays["token_ids"]) != requests or len(arrays["logit_rows"]) != requests:
@@ -65,6 +66,8 @@ class DecodeGraphs:
         if int(arrays["edit_starts"][-1]):
             return None
         words = arrays["masks"].shape[1] if arrays["ints"][:, 6].max() >= 0 else 0  # of a mask; 0 without masks
+        if _next_power(requests, 1) * words > _MAX_MASK_WORDS:
+            return None
         # --8<-- [start:submit]
         size = (_next_power(requests, 1), _next_power(arrays["page_table"].shape[1], _MIN_PAGES), words)
         bucket = self._buckets.get(size)

@@ -35,7 +35,7 @@ from mili.transfers import Landing, Landings, upload
 __all__ = ["PendingStep", "Runner", "StepOutput", "device_memory", "resolve_device"]
 
 # MAX page-locks a pool of host memory when some is first asked for: 0.7 GB and half a second unless told otherwise.
-# All buckets of 1024 requests of 65,536 tokens together need half of this.
+# All buckets of 1024 requests of 65,536 tokens together need half of this, those with masks a sixth.
 _HOST_POOL_BYTES = 256 << 20
 _SCALARS = ("max_query_len", "max_seq_len")  # which a replay does not need
 _OF_BATCH = tuple(name for name in INPUT_NAMES if hasattr(ForwardBatch, name) and name not in _SCALARS)

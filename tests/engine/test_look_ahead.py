@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from mili import LLM, SamplingParams, StructuredOutputsParams
+from mili import LLM, SamplingParams, StructuredOutputsParams, device_graphs
 from mili.device_graphs import DecodeGraphs
 from mili.transfers import Landings
 
@@ -73,7 +73,7 @@ def test_outputs_are_those_of_one_step_at_a_time(params: SamplingParams) -> None
     assert not model.captured
 
 
-def test_steps_with_masks_are_replayed_too() -> None:
+def test_steps_with_masks_are_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests with a grammar and without, in one batch that shrinks."""
     prompts = [[draw] * 4 for draw in (5, 6, 7, 8, 9)]
     forms = [
@@ -93,6 +93,10 @@ def test_steps_with_masks_are_replayed_too() -> None:
         assert {size[2] for size in runner._graphs._buckets} == {0, words}
         assert runner._model.num_replays > 10
         assert len({bucket.key for bucket in runner._graphs._buckets.values()}) == len(runner._graphs._buckets)
+    monkeypatch.setattr(device_graphs, "_MAX_MASK_WORDS", words)
+    with make_llm(True) as llm:  # one row of masks at most: larger batches are executed eagerly
+        assert [fingerprint(output) for output in llm.generate(prompts, params, use_tqdm=False)] == expected
+        assert {size[0] for size in llm._loaded.engine._runner._graphs._buckets if size[2]} <= {1}
     assert expected[0][0][1].isdigit() and expected[2][0][1] in ("yes", "no")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mili.cli.options import length_range, print_json, traceback_option
+from mili.cli.options import json_option, length_range, print_json, traceback_option
 
 if TYPE_CHECKING:
     from mili.cli.serving.client import Client, Record
@@ -83,7 +83,7 @@ def _objectives(text: str) -> dict[str, float]:
 @click.option("--num-warmups", type=click.IntRange(0), default=1, show_default=True, help="Requests before the clock.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0, show_default=True, help="Seconds.")
 @click.option("--seed", type=click.IntRange(0), help="Of prompts, lengths and send times; a new one when left out.")
-@click.option("--json", "only_json", is_flag=True, help="Print the JSON line only.")
+@json_option
 @traceback_option
 def serve(**options: Any) -> None:
     """Load a running server.

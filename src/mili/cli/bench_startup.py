@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from mili.cli.options import MODEL_KEYS, model_options, print_json, traceback_option
+from mili.cli.options import MODEL_KEYS, json_option, model_options, print_json, traceback_option
 
 _CACHES = ("MILI_CACHE_DIR", "MODULAR_CACHE_DIR")  # mili's compiled steps; what MAX keeps of its own
 
@@ -28,7 +28,7 @@ _CACHES = ("MILI_CACHE_DIR", "MODULAR_CACHE_DIR")  # mili's compiled steps; what
 @click.option(
     "--repeat", type=click.IntRange(1), default=3, show_default=True, help="Starts; the one of median time counts."
 )
-@click.option("--json", "only_json", is_flag=True, help="Print the JSON line only.")
+@json_option
 @model_options
 @traceback_option
 def startup(cold: bool, prompt_len: int, repeat: int, only_json: bool, **options: Any) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mili.cli.options import build_llm, length_range, model_options, print_json, traceback_option
+from mili.cli.options import build_llm, json_option, length_range, model_options, print_json, traceback_option
 from mili.errors import RequestError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _HIGHEST_ID = 10_000  # of a prompt's tokens; lower where the vocabulary ends
 @click.option(
     "--repeat", type=click.IntRange(1), default=1, show_default=True, help="Timed runs; the one of median time counts."
 )
-@click.option("--json", "only_json", is_flag=True, help="Print the JSON line only.")
+@json_option
 @model_options
 @traceback_option
 def throughput(

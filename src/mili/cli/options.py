@@ -57,6 +57,7 @@ def length_range(text: str) -> tuple[int, int]:
     return lengths
 
 
+json_option = click.option("--json", "only_json", is_flag=True, help="Print the JSON line only.")
 traceback_option = click.option("--traceback", is_flag=True, expose_value=False, help="Show a traceback on errors.")
 
 _MODEL_OPTIONS = (
