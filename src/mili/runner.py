@@ -164,7 +164,7 @@ class Runner:
         return self.submit(batch, sampling).fetch()
 
     def rest(self) -> None:
-        """Nothing is left to compute for now: let the runtime's threads sleep until the next `execute`."""
+        """Nothing is left to compute for now: let the runtime's threads sleep until the next step."""
         self._threads.rest(self)
 
     def close(self) -> None:
