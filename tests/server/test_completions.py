@@ -105,6 +105,15 @@ def test_logprobs_without_echo_begin_with_the_first_new_token(api):
     assert all(token == next(iter(top)) for token, top in chosen), "greedy takes the most likely"
 
 
+@pytest.mark.parametrize("stop", ["bet", " gamma d", "a del", "alpha"])
+def test_no_offset_lies_past_a_text_that_was_cut(make_api, stop):
+    api = make_api("alpha beta gamma delta")
+    (choice,) = both(api, ask(stop=[stop], logprobs=0, return_token_ids=True))["choices"]
+    offsets = choice["logprobs"]["text_offset"]
+    assert choice["stop_reason"] == stop and len(offsets) == len(choice["token_ids"])
+    assert offsets == sorted(offsets) and offsets[-1] <= len(choice["text"])
+
+
 def test_prompt_logprobs_come_once_for_each_choice(api):
     answer = api.post(COMPLETIONS, ask("import os", prompt_logprobs=0, max_tokens=1))
     logprobs = answer["choices"][0]["prompt_logprobs"]

@@ -70,7 +70,9 @@ class CompletionChoiceWriter:
         if self._logprobs is None or self._prompt_logprobs is None:
             return None
         assert completion.logprobs is not None
-        logprobs = self._logprobs.write(self._new(completion.token_ids), self._new(completion.logprobs))
+        # A stop string cuts the text, not the tokens.
+        end = None if completion.finish_reason is None else len(self._prompt) + len(completion.text)
+        logprobs = self._logprobs.write(self._new(completion.token_ids), self._new(completion.logprobs), end)
         if not first or not self._body.echo:
             return logprobs
         assert output.prompt_logprobs is not None

@@ -40,12 +40,17 @@ class CompletionLogprobsWriter:
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self._offset = offset
 
-    def write(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> CompletionLogprobs:
-        """The next tokens; a prompt's first token has no entry."""
+    def write(
+        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None], end: int | None = None
+    ) -> CompletionLogprobs:
+        """The next tokens; a prompt's first token has no entry.
+
+        `end` is where the text was cut, if it was: the offset of all tokens that lie past it.
+        """
         result: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token_id, entry in zip(token_ids, entries, strict=True):
             result["tokens"].append(self._tokenizer.token_text(token_id))
-            result["text_offset"].append(self._offset)
+            result["text_offset"].append(self._offset if end is None else min(self._offset, end))
             self._offset += len(self._detokenizer.feed((token_id,)))
             if entry is None:
                 result["token_logprobs"].append(None)
