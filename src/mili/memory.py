@@ -59,12 +59,12 @@ def weight_bytes(model: ModelConfig, dtype: str, *, on_cpu: bool) -> int:
             shape = (-(-shape[0] // PANEL_ROWS) * PANEL_ROWS, shape[1])
         return math.prod(shape)
 
-    return sum(elements(shape) for shape in expected_tensors(model).values()) * _itemsize(dtype)
+    return sum(elements(shape) for shape in expected_tensors(model).values()) * itemsize(dtype)
 
 
 def kv_bytes_per_token(model: ModelConfig, dtype: str) -> int:
     """Bytes of one token's keys and values over all layers."""
-    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * _itemsize(dtype)
+    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * itemsize(dtype)
 
 
 def activation_bytes(model: ModelConfig, engine: EngineConfig, *, on_cpu: bool) -> int:
@@ -75,7 +75,7 @@ def activation_bytes(model: ModelConfig, engine: EngineConfig, *, on_cpu: bool) 
     per_token = 4 * model.hidden_size + heads * model.head_dim + 3 * model.intermediate_size
     logits = 2 * rows * model.vocab_size * 4  # float32, and the sampler's edited copy
     rope = engine.resolve_max_model_len(model) * model.head_dim * 4
-    return tokens * per_token * _itemsize(engine.resolve_dtype(model)) + logits + rope
+    return tokens * per_token * itemsize(engine.resolve_dtype(model)) + logits + rope
 
 
 def plan_memory(
@@ -178,5 +178,6 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
     return free, total
 
 
-def _itemsize(dtype: str) -> int:
+def itemsize(dtype: str) -> int:
+    """Bytes of one value of a dtype that mili computes in."""
     return {"bfloat16": 2, "float32": 4}[dtype]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mili.config import ModelConfig
-from mili.memory import kv_bytes_per_token, weight_bytes
+from mili.memory import itemsize, kv_bytes_per_token, weight_bytes
 
 __all__ = ["Ceilings", "Work", "decode_step", "generation", "prefill"]
 
@@ -67,7 +67,7 @@ def generation(model: ModelConfig, dtype: str, lengths: Sequence[tuple[int, int]
 def _weights(model: ModelConfig, dtype: str, tokens: float) -> float:
     """Bytes of the weights that a step of `tokens` rows reads: of an untied input embedding only its rows."""
     unread = 0 if model.tie_word_embeddings else max(model.vocab_size - tokens, 0) * model.hidden_size
-    return weight_bytes(model, dtype, on_cpu=False) - unread * (2 if dtype == "bfloat16" else 4)
+    return weight_bytes(model, dtype, on_cpu=False) - unread * itemsize(dtype)
 
 
 def _layer_flops(model: ModelConfig) -> float:
