@@ -11,7 +11,7 @@ happens to one request never changes what another one generates.
 import itertools
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from mili.admission import RequestLimits, bad_word_ids, derived_seed
 from mili.cache import KVCache
@@ -22,6 +22,7 @@ from mili.errors import ConfigError, MiliError, RequestError
 from mili.flight import Flight
 from mili.grammar import GrammarCompiler
 from mili.outputs import FinishReason, RequestOutput
+from mili.progress import Progress, StepStats
 from mili.request import Request
 from mili.request_group import Child, RequestGroup, launch
 from mili.sampling_params import SamplingParams
@@ -30,21 +31,6 @@ from mili.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # for their types only: importing the runner imports MAX
     from mili.runner import Runner, StepOutput
-
-
-class StepStats(NamedTuple):
-    """What one step did, for metrics."""
-
-    num_tokens: int  # computed, of prompts and of outputs
-    inter_token_seconds: list[float]  # since the token before, for each that was not its completion's first
-
-
-class Progress(NamedTuple):
-    """Which requests a step moved on."""
-
-    advanced: list[str]  # got a token; those that finished are among them
-    finished: list[str]  # ended, or were taken down by an exception that `take` raises
-    stats: StepStats = StepStats(0, [])
 
 
 class Engine:
@@ -95,12 +81,15 @@ class Engine:
         *,
         prompt: str | None = None,
         request_id: str | None = None,
+        is_checked: bool = False,
     ) -> str:
         """Queue a request and return its id, a fresh one unless given.
 
-        Raises RequestError, and queues nothing, if the request can never be served or the id is in use.
+        Raises RequestError, and queues nothing, if the id is in use or, unless `check` has said already that it
+        `is_checked`, the request can never be served.
         """
-        self.check(prompt_token_ids, params)
+        if not is_checked:
+            self.check(prompt_token_ids, params)
         if request_id is None:
             request_id = next(i for i in map(str, self._ids) if i not in self._groups)
         elif request_id in self._groups:
@@ -141,8 +130,8 @@ class Engine:
         try:
             flight = flight or launch(plan, children, self._runner, self._cache.page_size, self._now())
             if self._runner.looks_ahead:  # the device has the next step before the host waits for this one
-                self._flight = flight.follow_up(self._runner, self._scheduler)
-            advanced, finished, stats = self._take_in(flight, children, flight.pending.fetch())
+                self._flight = flight.follow_up(self._runner, self._scheduler) or self._launch_behind(flight)
+            advanced, finished, stats = self._take_in(flight, flight.pending.fetch())
             return Progress(advanced, failed + finished, stats)
         # --8<-- [end:step]
         except Exception as error:
@@ -214,16 +203,23 @@ class Engine:
         failed = (self._fail([child], e) for child, e in zip(children, errors, strict=True) if e is not None)
         return list(itertools.chain.from_iterable(failed))
 
-    def _take_in(self, flight: Flight, children: list[Child], output: "StepOutput") -> Progress:
+    def _launch_behind(self, flight: Flight) -> Flight | None:
+        """Plan and enqueue the step after `flight`, or return None if that has to wait until it is taken in."""
+        plan = self._scheduler.schedule(flight.parts()) if flight.is_steady else []
+        if not plan:
+            return None
+        children = [self._children[request] for request, _ in plan]
+        return launch(plan, children, self._runner, self._cache.page_size, self._now(), flight)
+
+    def _take_in(self, flight: Flight, output: "StepOutput") -> Progress:
         """Hand the sampled tokens to the scheduler, then to the completions."""
         now = self._now()
-        rows = flight.rows
+        rows = [row for row in flight.rows if row >= 0]
         tokens: list[int] = output.token_ids[rows].tolist()
         received = self._scheduler.record(flight.plan, tokens)
-        if len(rows) < len(flight.batch.logit_owners):
-            for row, (index, kind, position) in enumerate(flight.batch.logit_owners):
-                if kind == "prompt":
-                    children[index].keep_prompt_logprobs(output, row, position, self._tokenizer)
+        for row, request, position in flight.scored:
+            if (child := self._children.get(request)) is not None:
+                child.keep_prompt_logprobs(output, row, position, self._tokenizer)
         advanced: dict[str, None] = {}  # a set in order
         finished = []
         latencies = []

@@ -236,7 +236,7 @@ class LLM:
         with tqdm(total=len(prompts), desc="generate", unit="prompt", dynamic_ncols=True, disable=not use_tqdm) as bar:
             try:
                 for prompt, param in zip(prompts, params, strict=True):
-                    ids.append(engine.add(prompt.token_ids or (), param, prompt=prompt.text))
+                    ids.append(engine.add(prompt.token_ids or (), param, prompt=prompt.text, is_checked=True))
                 unfinished = set(ids)
                 while unfinished:
                     for request_id in unfinished.intersection(engine.step().finished):

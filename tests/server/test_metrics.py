@@ -7,8 +7,8 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mili.engine import StepStats
 from mili.errors import ConfigError
+from mili.progress import StepStats
 from mili.server.config import ServerConfig
 from mili.server.metrics import StepTotals
 from support.server import BODY, COMPLETIONS, Gate, application
