@@ -1,19 +1,24 @@
 """A step on its way through the device, and how the next one is enqueued before its tokens are known.
 
-When every running request samples a token in a step, and nothing about the next one depends on which tokens these are,
-the next step is known but for its token ids. Those are what the device just sampled, so they need not visit the host:
+When nothing about the next step depends on which tokens a step samples, the next one is known but for its token ids.
+Those are what the device just sampled, so they need not visit the host:
 
     host      launch n ── follow up ── wait n ── take in n ── follow up ── wait n+1 ── take in n+1 ...
     device    ══════ n ═══════════════════╪═ n+1 ══════════════════════════════╪═ n+2 ═══...
 
+Any step can be planned so, with the next chunks of prompts in it, by `Scheduler.schedule` with what is in flight, and
+then be launched behind it. Between two decode steps of the same requests `follow_up` does it with far less work: rows
+keep their places, and the tokens of one step are those of the next row by row.
+
 A request that ends at step n for a reason the host learns too late, such as a stop token, has a row in step n+1 whose
-token is thrown away. From step n+2 on, and from n+1 on if its length ends it, its row is padding: one token in the
-scratch page. So rows keep their places, and the tokens of one step are those of the next row by row.
+token is thrown away. From step n+2 on, and from n+1 on if its length ends it, the row is gone, or in a follow-up
+padding: one token in the scratch page.
 
 It knows arrays, requests and the scheduler's counts; it knows no text and no device. Invariant: for every request that
-lives on, a follow-up computes exactly what the step planned after its predecessor would. What a row writes after its
-request's end lies past the tokens that were counted, so in a page of which no prefix is shared; the page's next owner
-writes it in a step enqueued later.
+lives on, a step computes the same tokens from the same pages as if it had been planned after its predecessor. With
+follow-ups also its neighbours are the same; else a place or pages that such an end leaves are taken a step later. What
+a row writes after its request's end lies past the tokens that were counted, so in a page of which no prefix is shared;
+the page's next owner writes it in a step enqueued later.
 """
 
 from dataclasses import dataclass, field, replace
