@@ -60,14 +60,18 @@ class Engine:
         self._children: dict[Request, Child] = {}  # the unfinished ones
         self._counters = Counters()
         self._flight: Flight | None = None  # submitted and not taken in
-        self._ids = itertools.count()
-        self._num_added = 0
+        self._ids, self._num_added = itertools.count(), 0
         self._clock_offset = time.time() - time.monotonic()
 
     @property
     def has_unfinished(self) -> bool:
         """Whether another `step` has something to do."""
         return self._scheduler.has_unfinished
+
+    @property
+    def num_wanted_tokens(self) -> int:
+        """How many more tokens of prompts the next two steps might find room for; below 0 if too many wait."""
+        return 2 * self._scheduler.max_num_batched_tokens - sum(len(r.token_ids) for r in self._scheduler.waiting)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError if the request can never be served; from any thread. New structured_outputs take ms."""
@@ -81,22 +85,23 @@ class Engine:
         *,
         prompt: str | None = None,
         request_id: str | None = None,
-        is_checked: bool = False,
+        checked_at: float | None = None,
     ) -> str:
         """Queue a request and return its id, a fresh one unless given.
 
-        Raises RequestError, and queues nothing, if the id is in use or, unless `check` has said already that it
-        `is_checked`, the request can never be served.
+        It arrives now, or did so at `checked_at` if `check` let it pass then. Raises RequestError, and queues nothing,
+        if the id is in use or the request can never be served.
         """
-        if not is_checked:
+        if checked_at is None:
             self.check(prompt_token_ids, params)
+            checked_at = self.now()
         if request_id is None:
             request_id = next(i for i in map(str, self._ids) if i not in self._groups)
         elif request_id in self._groups:
             raise RequestError(f"request_id {request_id!r} is in use: choose another or leave it out")
         seed = derived_seed(self._seed, self._num_added) if params.seed is None else params.seed
         self._num_added += 1
-        group = RequestGroup(request_id, prompt, tuple(prompt_token_ids), params, arrival_time=self._now())
+        group = RequestGroup(request_id, prompt, tuple(prompt_token_ids), params, arrival_time=checked_at)
         group.fork(
             self.limits.max_len(len(prompt_token_ids), params),
             seed,
@@ -128,7 +133,7 @@ class Engine:
         if not plan:
             return Progress([], failed)
         try:
-            flight = flight or launch(plan, children, self._runner, self._cache.page_size, self._now())
+            flight = flight or launch(plan, children, self._runner, self._cache.page_size, self.now())
             if self._runner.looks_ahead:  # the device has the next step before the host waits for this one
                 self._flight = flight.follow_up(self._runner, self._scheduler) or self._launch_behind(flight)
             advanced, finished, stats = self._take_in(flight, flight.pending.fetch())
@@ -209,11 +214,11 @@ class Engine:
         if not plan:
             return None
         children = [self._children[request] for request, _ in plan]
-        return launch(plan, children, self._runner, self._cache.page_size, self._now(), flight)
+        return launch(plan, children, self._runner, self._cache.page_size, self.now(), flight)
 
     def _take_in(self, flight: Flight, output: "StepOutput") -> Progress:
         """Hand the sampled tokens to the scheduler, then to the completions."""
-        now = self._now()
+        now = self.now()
         rows = [row for row in flight.rows if row >= 0]
         tokens: list[int] = output.token_ids[rows].tolist()
         received = self._scheduler.record(flight.plan, tokens)
@@ -221,8 +226,7 @@ class Engine:
             if (child := self._children.get(request)) is not None:
                 child.keep_prompt_logprobs(output, row, position, self._tokenizer)
         advanced: dict[str, None] = {}  # a set in order
-        finished = []
-        latencies = []
+        finished, latencies = list[str](), list[float]()
         for request, row, token in zip(received, rows, tokens, strict=True):
             child = self._children.get(request)
             if child is None:  # taken down a moment ago with another completion of its group
@@ -283,7 +287,7 @@ class Engine:
                 if reason is not None:  # else nobody sees its text, and closing it may be what raised
                     child.completion.finish(reason, None)
                 self._forget(child)
-        group.finished_time = self._now()
+        group.finished_time = self.now()
 
     def _forget(self, child: Child) -> None:
         del self._children[child.request]
@@ -291,5 +295,6 @@ class Engine:
         if child.completion.finish_reason is not None:
             self._counters.finished[child.completion.finish_reason] += 1
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds of the clock that requests are timed with: Unix time, but it never jumps."""
         return time.monotonic() + self._clock_offset

@@ -116,9 +116,21 @@ FLIGHT_BUGS = {
 # Module of the bug, where its copy's class or function is put, text, replacement.
 AHEAD_BUGS = {
     "forget what is in flight": (scheduler, engine, "Scheduler", "num_computed += part.num_new_tokens", "pass"),
-    "put tokens before what is in flight": (batch, request_group, "ForwardBatch", "first += part.num_new_tokens", "pass"),
+    "put tokens before what is in flight": (
+        batch,
+        request_group,
+        "ForwardBatch",
+        "first += part.num_new_tokens",
+        "pass",
+    ),
     "feed everybody the first token": (batch, request_group, "ForwardBatch", "logit_row, 1))", "0, 1))"),
-    "draw from the same place twice": (request_group, engine, "launch", "child.sampler.row(position)", "child.sampler.row()"),
+    "draw from the same place twice": (
+        request_group,
+        engine,
+        "launch",
+        "child.sampler.row(position)",
+        "child.sampler.row()",
+    ),
 }
 
 
