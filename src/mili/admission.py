@@ -4,8 +4,11 @@ It knows limits and the tokenizer; it knows no queue, and a request that passes 
 check has no effect, so a list of prompts can be checked as a whole before any of it is queued.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from mili.errors import RequestError
 from mili.sampling import check_vocabulary
@@ -30,7 +33,7 @@ class RequestLimits:
                 f"the prompt has {num_prompt} tokens, and max_model_len is {self.max_model_len} for prompt and output "
                 "together: shorten the prompt or raise max_model_len"
             )
-        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= self.vocab_size:
+        if not self._all_exist(prompt_token_ids):
             bad = next(i for i in prompt_token_ids if not 0 <= i < self.vocab_size)
             raise RequestError(f"prompt token id {bad} is out of range: the model has ids 0 to {self.vocab_size - 1}")
         check_vocabulary(params, self.vocab_size)
@@ -40,6 +43,13 @@ class RequestLimits:
                 f"min_tokens is {params.min_tokens}, but the prompt of {num_prompt} tokens leaves room for {room} in "
                 f"max_model_len {self.max_model_len}: lower min_tokens or shorten the prompt"
             )
+
+    def _all_exist(self, token_ids: Sequence[int]) -> bool:
+        try:
+            unsigned = array("I", token_ids)  # the quickest look at all of them; it has no place for a negative one
+        except OverflowError:
+            return False
+        return int(np.frombuffer(unsigned, np.uint32).max()) < self.vocab_size
 
     def max_len(self, num_prompt: int, params: SamplingParams) -> int:
         """Most tokens a request may come to, prompt included: `max_tokens` further ones, or up to the context's end."""

@@ -15,11 +15,11 @@ from typing import Any
 
 from mili.async_stream import Mailbox, Stream
 from mili.config import EngineConfig
-from mili.engine import StepStats
 from mili.engine_thread import EngineThread
 from mili.errors import ConfigError, EngineDeadError, RequestError
 from mili.loaded_model import LoadedModel
 from mili.outputs import RequestOutput
+from mili.progress import StepStats
 from mili.prompts import Messages, Prompt, PromptLike, match_params, parse_prompts
 from mili.sampling_params import SamplingParams
 from mili.tokenizer import Tokenizer

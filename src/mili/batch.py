@@ -12,20 +12,31 @@ rows of a request are consecutive and in order, and its slots lie in pages of it
 Layout as FlashInfer's ragged tensor and page table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from types import MappingProxyType
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from mili.request import ScheduledRequest
+from mili.request import InFlight, Request, ScheduledRequest
 
 IntArray: TypeAlias = npt.NDArray[np.int32]
 
 # Whose logits a row holds: the request's index in the plan, what they are for, and the position in the request's
 # token_ids of the token they predict: len(token_ids) for "sample"; for "prompt" that token is known already.
 LogitOwner: TypeAlias = tuple[int, Literal["sample", "prompt"], int]
+
+_NOTHING: Mapping[Request, InFlight] = MappingProxyType({})
+
+
+class Feed(NamedTuple):
+    """Rows of a batch whose token ids the step before is about to sample."""
+
+    row: int  # the first of them
+    logit_row: int  # of the step before: the one the first is sampled from, the others follow
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,13 +54,17 @@ class ForwardBatch:
     logit_rows: IntArray  # [R] the rows whose logits are wanted; a lone 0 without an owner if there are none
     logit_owners: list[LogitOwner]  # one per row of logits, in order; empty for that lone 0
     sample_rows: IntArray  # [requests sampled from] which of the R rows, in plan order: what Scheduler.record takes
+    feeds: Sequence[Feed] = ()  # what the device fills in; these token ids are 0 here
 
     @classmethod
-    def build(cls, plan: Sequence[ScheduledRequest], page_size: int) -> "ForwardBatch":
+    def build(
+        cls, plan: Sequence[ScheduledRequest], page_size: int, in_flight: Mapping[Request, InFlight] = _NOTHING
+    ) -> "ForwardBatch":
         """Packs a plan of `Scheduler.schedule`, between `schedule` and `record`; `plan` must not be empty.
 
         Each request has its last row's logits computed if the step completes its tokens. With `prompt_logprobs` also
-        the row of each prompt position but the last, once in the request's life.
+        the row of each prompt position but the last, once in the request's life. `in_flight` is what the plan was made
+        with.
         """
         num_requests = len(plan)
         tokens: list[int] = []
@@ -58,21 +73,29 @@ class ForwardBatch:
         logit_rows: list[int] = []
         owners: list[LogitOwner] = []
         sample_rows: list[int] = []
+        feeds: list[Feed] = []
         for index, (request, num_new) in enumerate(plan):
             first, token_ids, lease = request.num_computed, request.token_ids, request.lease
             assert lease is not None and num_new > 0
+            part = in_flight.get(request) if in_flight else None
+            if part is not None:
+                first += part.num_new_tokens
             seq_len = first + num_new
             if request.params.prompt_logprobs is not None:
                 scored = range(max(first, request.num_prompt_scored), min(seq_len, request.num_prompt_tokens - 1))
                 logit_rows += [len(tokens) + position - first for position in scored]
                 owners += [(index, "prompt", position + 1) for position in scored]
-            if num_new == 1:
+            if first == len(token_ids):
+                assert part is not None and part.logit_row >= 0
+                _feed(feeds, len(tokens), part.logit_row)
+                tokens.append(0)
+            elif num_new == 1:
                 tokens.append(token_ids[first])
             else:
                 tokens += token_ids[first:seq_len]
             first_positions.append(first)
             tables.append(lease.page_table)
-            if seq_len == len(token_ids):
+            if seq_len >= len(token_ids):
                 sample_rows.append(len(logit_rows))
                 logit_rows.append(len(tokens) - 1)
                 owners.append((index, "sample", seq_len))
@@ -99,6 +122,7 @@ class ForwardBatch:
             logit_rows=np.array(logit_rows or [0], dtype=np.int32),
             logit_owners=owners,
             sample_rows=np.array(sample_rows, dtype=np.int32),
+            feeds=feeds,
         )
 
     @property
@@ -110,3 +134,11 @@ class ForwardBatch:
     def max_seq_len(self) -> IntArray:
         """[] most tokens any request has in the cache after this step."""
         return np.array(self.seq_lens.max(), np.int32)
+
+
+def _feed(feeds: list[Feed], row: int, logit_row: int) -> None:
+    """Adds one row, to the last of `feeds` if it goes on there."""
+    if feeds and (row - feeds[-1].row, logit_row - feeds[-1].logit_row) == (feeds[-1].num_rows,) * 2:
+        feeds[-1] = feeds[-1]._replace(num_rows=feeds[-1].num_rows + 1)
+    else:
+        feeds.append(Feed(row, logit_row, 1))

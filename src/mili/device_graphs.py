@@ -20,7 +20,7 @@ from max.dtype import DType
 from max.engine import Model
 from numpy.typing import NDArray
 
-from mili.transfers import Arrays, Layout, page_locked
+from mili.transfers import Arrays, Feeds, Layout, feed, page_locked
 
 __all__ = ["DecodeGraphs"]
 
@@ -52,13 +52,13 @@ class DecodeGraphs:
         self._model, self._device, self._fixed, self._page_size = model, device, fixed, page_size
         self._buckets: dict[tuple[int, int, int], _Bucket] = {}
 
-    def submit(self, arrays: Arrays, turn: int, after: Buffer | None = None) -> list[Buffer] | None:
+    def submit(self, arrays: Arrays, turn: int, after: Buffer | None = None, feeds: Feeds = ()) -> list[Buffer] | None:
         """Enqueue a replay of the step, capturing its bucket first if it is new; None if it is no plain decode step.
 
         A plain decode step has one token and one row of logits a request, no logit edits and not too many masks.
-        `turn`, 0 or 1, is the side of host memory to use; nothing on the device may still read it. With `after`, the
-        sampled tokens of the step before, these are the step's token ids, row by row. Outputs have the bucket's number
-        of rows; the first R are the step's. They are overwritten by the next replay.
+        `turn`, 0 or 1, is the side of host memory to use; nothing on the device may still read it. `feeds` takes token
+        ids from `after`, the sampled tokens of the step before. Outputs have the bucket's number of rows; the first R
+        are the step's. They are overwritten by the next replay.
         """
         requests = len(arrays["seq_lens"])
         if len(arrays["token_ids"]) != requests or len(arrays["logit_rows"]) != requests:
@@ -75,8 +75,7 @@ class DecodeGraphs:
             bucket = self._buckets[size] = self._new_bucket(*size)
         _write_step(bucket.arrays[turn], arrays, requests)
         bucket.block.inplace_copy_from(bucket.sources[turn])
-        if after is not None:
-            bucket.block[bucket.token_ids : bucket.token_ids + requests].inplace_copy_from(after[:requests])
+        feed(bucket.block, bucket.token_ids, after, feeds)
         if not bucket.outputs:
             self._model.execute(*bucket.inputs)  # eagerly: lazy set-up of kernels is no part of the launch sequence
             self._device.synchronize()

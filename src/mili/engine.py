@@ -11,7 +11,7 @@ happens to one request never changes what another one generates.
 import itertools
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from mili.admission import RequestLimits, bad_word_ids, derived_seed
 from mili.cache import KVCache
@@ -22,6 +22,7 @@ from mili.errors import ConfigError, MiliError, RequestError
 from mili.flight import Flight
 from mili.grammar import GrammarCompiler
 from mili.outputs import FinishReason, RequestOutput
+from mili.progress import Progress, StepStats
 from mili.request import Request
 from mili.request_group import Child, RequestGroup, launch
 from mili.sampling_params import SamplingParams
@@ -30,21 +31,6 @@ from mili.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # for their types only: importing the runner imports MAX
     from mili.runner import Runner, StepOutput
-
-
-class StepStats(NamedTuple):
-    """What one step did, for metrics."""
-
-    num_tokens: int  # computed, of prompts and of outputs
-    inter_token_seconds: list[float]  # since the token before, for each that was not its completion's first
-
-
-class Progress(NamedTuple):
-    """Which requests a step moved on."""
-
-    advanced: list[str]  # got a token; those that finished are among them
-    finished: list[str]  # ended, or were taken down by an exception that `take` raises
-    stats: StepStats = StepStats(0, [])
 
 
 class Engine:
@@ -74,14 +60,18 @@ class Engine:
         self._children: dict[Request, Child] = {}  # the unfinished ones
         self._counters = Counters()
         self._flight: Flight | None = None  # submitted and not taken in
-        self._ids = itertools.count()
-        self._num_added = 0
+        self._ids, self._num_added = itertools.count(), 0
         self._clock_offset = time.time() - time.monotonic()
 
     @property
     def has_unfinished(self) -> bool:
         """Whether another `step` has something to do."""
         return self._scheduler.has_unfinished
+
+    @property
+    def num_wanted_tokens(self) -> int:
+        """How many more tokens of prompts the next two steps might find room for; below 0 if too many wait."""
+        return 2 * self._scheduler.max_num_batched_tokens - sum(len(r.token_ids) for r in self._scheduler.waiting)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError if the request can never be served; from any thread. New structured_outputs take ms."""
@@ -95,19 +85,23 @@ class Engine:
         *,
         prompt: str | None = None,
         request_id: str | None = None,
+        checked_at: float | None = None,
     ) -> str:
         """Queue a request and return its id, a fresh one unless given.
 
-        Raises RequestError, and queues nothing, if the request can never be served or the id is in use.
+        It arrives now, or did so at `checked_at` if `check` let it pass then. Raises RequestError, and queues nothing,
+        if the id is in use or the request can never be served.
         """
-        self.check(prompt_token_ids, params)
+        if checked_at is None:
+            self.check(prompt_token_ids, params)
+            checked_at = self.now()
         if request_id is None:
             request_id = next(i for i in map(str, self._ids) if i not in self._groups)
         elif request_id in self._groups:
             raise RequestError(f"request_id {request_id!r} is in use: choose another or leave it out")
         seed = derived_seed(self._seed, self._num_added) if params.seed is None else params.seed
         self._num_added += 1
-        group = RequestGroup(request_id, prompt, tuple(prompt_token_ids), params, arrival_time=self._now())
+        group = RequestGroup(request_id, prompt, tuple(prompt_token_ids), params, arrival_time=checked_at)
         group.fork(
             self.limits.max_len(len(prompt_token_ids), params),
             seed,
@@ -139,10 +133,10 @@ class Engine:
         if not plan:
             return Progress([], failed)
         try:
-            flight = flight or launch(plan, children, self._runner, self._cache.page_size, self._now())
+            flight = flight or launch(plan, children, self._runner, self._cache.page_size, self.now())
             if self._runner.looks_ahead:  # the device has the next step before the host waits for this one
-                self._flight = flight.follow_up(self._runner, self._scheduler)
-            advanced, finished, stats = self._take_in(flight, children, flight.pending.fetch())
+                self._flight = flight.follow_up(self._runner, self._scheduler) or self._launch_behind(flight)
+            advanced, finished, stats = self._take_in(flight, flight.pending.fetch())
             return Progress(advanced, failed + finished, stats)
         # --8<-- [end:step]
         except Exception as error:
@@ -214,19 +208,25 @@ class Engine:
         failed = (self._fail([child], e) for child, e in zip(children, errors, strict=True) if e is not None)
         return list(itertools.chain.from_iterable(failed))
 
-    def _take_in(self, flight: Flight, children: list[Child], output: "StepOutput") -> Progress:
+    def _launch_behind(self, flight: Flight) -> Flight | None:
+        """Plan and enqueue the step after `flight`, or return None if that has to wait until it is taken in."""
+        plan = self._scheduler.schedule(flight.parts()) if flight.is_steady else []
+        if not plan:
+            return None
+        children = [self._children[request] for request, _ in plan]
+        return launch(plan, children, self._runner, self._cache.page_size, self.now(), flight)
+
+    def _take_in(self, flight: Flight, output: "StepOutput") -> Progress:
         """Hand the sampled tokens to the scheduler, then to the completions."""
-        now = self._now()
-        rows = flight.rows
+        now = self.now()
+        rows = [row for row in flight.rows if row >= 0]
         tokens: list[int] = output.token_ids[rows].tolist()
         received = self._scheduler.record(flight.plan, tokens)
-        if len(rows) < len(flight.batch.logit_owners):
-            for row, (index, kind, position) in enumerate(flight.batch.logit_owners):
-                if kind == "prompt":
-                    children[index].keep_prompt_logprobs(output, row, position, self._tokenizer)
+        for row, request, position in flight.scored:
+            if (child := self._children.get(request)) is not None:
+                child.keep_prompt_logprobs(output, row, position, self._tokenizer)
         advanced: dict[str, None] = {}  # a set in order
-        finished = []
-        latencies = []
+        finished, latencies = list[str](), list[float]()
         for request, row, token in zip(received, rows, tokens, strict=True):
             child = self._children.get(request)
             if child is None:  # taken down a moment ago with another completion of its group
@@ -287,7 +287,7 @@ class Engine:
                 if reason is not None:  # else nobody sees its text, and closing it may be what raised
                     child.completion.finish(reason, None)
                 self._forget(child)
-        group.finished_time = self._now()
+        group.finished_time = self.now()
 
     def _forget(self, child: Child) -> None:
         del self._children[child.request]
@@ -295,5 +295,6 @@ class Engine:
         if child.completion.finish_reason is not None:
             self._counters.finished[child.completion.finish_reason] += 1
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds of the clock that requests are timed with: Unix time, but it never jumps."""
         return time.monotonic() + self._clock_offset

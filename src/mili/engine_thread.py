@@ -25,8 +25,9 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from mili.async_stream import News, Stream
-from mili.engine import Engine, Progress, StepStats
+from mili.engine import Engine
 from mili.errors import EngineDeadError, QueueFullError, RequestError
+from mili.progress import Progress, StepStats
 from mili.prompts import Prompt
 from mili.sampling_params import SamplingParams
 

@@ -1,29 +1,34 @@
 """A step on its way through the device, and how the next one is enqueued before its tokens are known.
 
-When every running request samples a token in a step, and nothing about the next one depends on which tokens these are,
-the next step is known but for its token ids. Those are what the device just sampled, so they need not visit the host:
+When nothing about the next step depends on which tokens a step samples, the next one is known but for its token ids.
+Those are what the device just sampled, so they need not visit the host:
 
     host      launch n ── follow up ── wait n ── take in n ── follow up ── wait n+1 ── take in n+1 ...
     device    ══════ n ═══════════════════╪═ n+1 ══════════════════════════════╪═ n+2 ═══...
 
+Any step can be planned so, with the next chunks of prompts in it, by `Scheduler.schedule` with what is in flight, and
+then be launched behind it. Between two decode steps of the same requests `follow_up` does it with far less work: rows
+keep their places, and the tokens of one step are those of the next row by row.
+
 A request that ends at step n for a reason the host learns too late, such as a stop token, has a row in step n+1 whose
-token is thrown away. From step n+2 on, and from n+1 on if its length ends it, its row is padding: one token in the
-scratch page. So rows keep their places, and the tokens of one step are those of the next row by row.
+token is thrown away. From step n+2 on, and from n+1 on if its length ends it, the row is gone, or in a follow-up
+padding: one token in the scratch page.
 
 It knows arrays, requests and the scheduler's counts; it knows no text and no device. Invariant: for every request that
-lives on, a follow-up computes exactly what the step planned after its predecessor would. What a row writes after its
-request's end lies past the tokens that were counted, so in a page of which no prefix is shared; the page's next owner
-writes it in a step enqueued later.
+lives on, a step computes the same tokens from the same pages as if it had been planned after its predecessor. With
+follow-ups also its neighbours are the same; else a place or pages that such an end leaves are taken a step later. What
+a row writes after its request's end lies past the tokens that were counted, so in a page of which no prefix is shared;
+the page's next owner writes it in a step enqueued later.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mili.batch import ForwardBatch, IntArray
+from mili.batch import Feed, ForwardBatch, IntArray
 from mili.cache import PageLease
-from mili.request import ScheduledRequest
+from mili.request import InFlight, Request, ScheduledRequest
 from mili.sampling import SamplingBatch
 from mili.scheduler import Scheduler
 
@@ -36,12 +41,13 @@ class Flight:
     """One submitted step."""
 
     plan: list[ScheduledRequest]  # of the requests that had not ended when last looked
-    rows: list[int]  # of logits: those that the requests of `plan` are sampled from, in its order
+    rows: list[int]  # of logits: the one that each request of `plan` is sampled from; -1 in mid-prompt
     batch: ForwardBatch
     sampling: SamplingBatch
     pending: "PendingStep"
-    is_steady: bool  # the next sampling batch differs from this one in positions only
+    is_steady: bool  # the next rows of those sampled here differ from these in positions only
     has_old_tables: bool = False  # pages were swapped, perhaps, between this batch's making and now
+    scored: list[tuple[int, Request, int]] = field(default_factory=list)  # row of logits, whose, token's position
 
     def drop_finished(self) -> bool:
         """Forget the requests that have ended; False if none is left."""
@@ -51,15 +57,19 @@ class Flight:
             self.rows = [self.rows[index] for index in alive]
         return bool(self.plan)
 
+    def parts(self) -> dict[Request, InFlight]:
+        """What each request has in flight."""
+        return {request: InFlight(num_new, row) for (request, num_new), row in zip(self.plan, self.rows, strict=True)}
+
     def follow_up(self, runner: "Runner", scheduler: Scheduler) -> "Flight | None":
-        """Enqueue the step after this one, or return None if it has to be planned when this one is known.
+        """Enqueue the step after this one if both are decode steps of the same requests, and return it, or else None.
 
         Takes the pages that the next tokens need; a request that gets them too early simply has them already.
         """
         num_rows = len(self.batch.seq_lens)
         if not self.is_steady or len(self.batch.logit_rows) != num_rows:
             return None
-        if not len(self.plan) == len(self.rows) == len(scheduler.running):
+        if len(self.plan) != len(scheduler.running) or min(self.rows) < 0:
             return None
         cache = scheduler.cache
         page_size = cache.page_size
@@ -124,4 +134,5 @@ class Flight:
             logit_rows=every_row[:-1],
             logit_owners=[],
             sample_rows=np.array(rows, np.int32),
+            feeds=[Feed(0, 0, num_rows)],
         )

@@ -5,6 +5,7 @@ Invariant: a call either returns outputs for all its prompts or raises and leave
 streams that are open at the time go on.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -231,14 +232,21 @@ class LLM:
         engine = self._loaded.engine
         for prompt, param in zip(prompts, params, strict=True):
             engine.check(prompt.token_ids or (), param)
+        todo = deque(zip(prompts, params, strict=True))
+        arrival_time = engine.now()
         ids: list[str] = []
+        unfinished: set[str] = set()
         outputs: dict[str, RequestOutput] = {}
         with tqdm(total=len(prompts), desc="generate", unit="prompt", dynamic_ncols=True, disable=not use_tqdm) as bar:
             try:
-                for prompt, param in zip(prompts, params, strict=True):
-                    ids.append(engine.add(prompt.token_ids or (), param, prompt=prompt.text))
-                unfinished = set(ids)
-                while unfinished:
+                while todo or unfinished:
+                    room = engine.num_wanted_tokens if todo else 0  # the others are added while the device computes
+                    while todo and room > 0:
+                        prompt, param = todo.popleft()
+                        token_ids = prompt.token_ids or ()
+                        ids.append(engine.add(token_ids, param, prompt=prompt.text, checked_at=arrival_time))
+                        unfinished.add(ids[-1])
+                        room -= len(token_ids)
                     for request_id in unfinished.intersection(engine.step().finished):
                         outputs[request_id] = engine.take(request_id)
                         unfinished.remove(request_id)

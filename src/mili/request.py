@@ -91,8 +91,18 @@ class Request:
         return self.status is RequestStatus.FINISHED
 
 
+class InFlight(NamedTuple):
+    """A request's part in a step that was submitted and is not recorded yet."""
+
+    num_new_tokens: int
+    logit_row: int  # of that step: the one its token is sampled from; -1 in mid-prompt
+
+
 class ScheduledRequest(NamedTuple):
-    """A request's part in one step: compute its tokens [num_computed, num_computed + num_new_tokens)."""
+    """A request's part in one step: compute its next `num_new_tokens` tokens.
+
+    Next after those that are computed when the step begins: `num_computed`, and what is in flight when it is planned.
+    """
 
     request: Request
     num_new_tokens: int

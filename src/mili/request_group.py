@@ -109,16 +109,32 @@ class RequestGroup:
 
 
 def launch(
-    plan: list[ScheduledRequest], children: Sequence[Child], runner: "Runner", page_size: int, now: float
+    plan: list[ScheduledRequest],
+    children: Sequence[Child],
+    runner: "Runner",
+    page_size: int,
+    now: float,
+    before: Flight | None = None,
 ) -> Flight:
-    """Submit the step of `plan`, which has one request of each of `children`."""
+    """Submit the step of `plan`, which has one request of each of `children`, maybe behind one that is in flight."""
     for child in children:
         if child.group.first_scheduled_time is None:
             child.group.first_scheduled_time = now
-    batch = ForwardBatch.build(plan, page_size)
+    batch = ForwardBatch.build(plan, page_size, {} if before is None else before.parts())
     sampling = _sampling_batch(batch, children)
-    is_steady = all(child.sampler.is_steady and child.grammar is None for child in children)
-    return Flight(plan, batch.sample_rows.tolist(), batch, sampling, runner.submit(batch, sampling), is_steady)
+    rows = [-1] * len(plan)
+    scored: list[tuple[int, Request, int]] = []
+    is_steady = True
+    for row, (index, kind, position) in enumerate(batch.logit_owners):
+        child = children[index]
+        if kind == "sample":
+            rows[index] = row
+            is_steady = is_steady and child.sampler.is_steady and child.grammar is None
+        else:
+            scored.append((row, child.request, position))
+    after = before.pending if before is not None and batch.feeds else None
+    pending = runner.submit(batch, sampling, after=after)
+    return Flight(plan, rows, batch, sampling, pending, is_steady, before is not None, scored)
 
 
 def _sampling_batch(batch: ForwardBatch, children: Sequence[Child]) -> SamplingBatch:
@@ -127,7 +143,7 @@ def _sampling_batch(batch: ForwardBatch, children: Sequence[Child]) -> SamplingB
     for index, kind, position in batch.logit_owners:
         child = children[index]
         if kind == "sample":
-            row = child.sampler.row()
+            row = child.sampler.row(position)
             rows.append(row if child.grammar is None else row._replace(mask=child.grammar.mask))
         else:
             params, token_ids = child.request.params, child.request.token_ids

@@ -30,7 +30,7 @@ from mili.models.qwen3 import INPUT_NAMES
 from mili.models.rope import rope_table
 from mili.ops.attention import kv_cache_shapes
 from mili.sampling import SamplingBatch
-from mili.transfers import Landing, Landings, upload
+from mili.transfers import Landing, Landings
 
 __all__ = ["PendingStep", "Runner", "StepOutput", "device_memory", "resolve_device"]
 
@@ -61,7 +61,7 @@ class PendingStep:
     wanted: int  # leading outputs that are fetched, the others are zeros
     outputs: list[Buffer]  # on the device, with `rows` rows or more
     landing: Landing | None = None  # where they are copied to; None on the CPU, where there is nothing to wait for
-    read: object = None  # by copies into the step; kept until it is over
+    read: object = None  # by a copy into the step; kept until it is over
 
     def fetch(self) -> StepOutput:
         """Wait until the step is over and return its results."""
@@ -131,8 +131,7 @@ class Runner:
         Args:
             batch: What to compute; its arrays are read before this returns, and so are those of `sampling`.
             sampling: How to sample; one row for each of the batch's rows of logits.
-            after: The step submitted last, whose sampled tokens are this one's token ids, row by row; those in `batch`
-                are not read. This one is a plain decode step (see `DecodeGraphs`), and `looks_ahead` is true.
+            after: The step submitted last, if `batch.feeds` takes token ids from it, which `looks_ahead` allows.
 
         Returns:
             The step. It cannot be fetched any more once the second one after it is submitted.
@@ -148,13 +147,12 @@ class Runner:
                 return PendingStep(rows, wanted, self._model.execute(*inputs, *self._fixed))
             landing = self._landings.next()
             outputs: list[Buffer] | None = None
-            read: Any = None if after is None else after.outputs[0]
+            read = None if after is None else after.outputs[0]
             if self._graphs is not None:
-                outputs = self._graphs.submit(arrays, self._landings.turn, read)
-            assert outputs is not None or after is None, "only a plain decode step can follow another"
+                outputs = self._graphs.submit(arrays, self._landings.turn, read, batch.feeds)
             if outputs is None:
                 arrays |= {name: getattr(batch, name) for name in _SCALARS}
-                inputs, read = upload(arrays, self.device)
+                inputs = landing.upload(arrays, read, batch.feeds)
                 outputs = self._model.execute(*inputs, *self._fixed)
             landing.copy(outputs[:wanted], rows)
             return PendingStep(rows, wanted, outputs, landing, read)

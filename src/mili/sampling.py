@@ -145,7 +145,7 @@ class SamplerState:
         first_ids = list(dict.fromkeys([*biases, *repeated]))
         self._places = {token_id: place for place, token_id in enumerate(first_ids)}
         self._ids = np.array(first_ids, dtype=np.int32)  # [capacity >= len(_places)]
-        self._values = np.tile(np.array([0.0, 1.0, 0.0], np.float32), (len(first_ids), 1))  # [capacity, 3]
+        self._values = _no_edits(len(first_ids))  # [capacity, 3]
         for token_id, bias in biases.items():
             self._values[self._places[token_id], 0] = bias
         for token_id in repeated:
@@ -166,9 +166,9 @@ class SamplerState:
             self._tail.append(token_id)
             del self._tail[: -self._longest_prefix]
 
-    def row(self) -> SamplingRow:
-        """The row of the next draw."""
-        ints = (*self._ints, self._position)
+    def row(self, position: int | None = None) -> SamplingRow:
+        """The row of the next draw; of the one at a later `position` in the request if `is_steady`."""
+        ints = (*self._ints, self._position if position is None else position)
         banned = self._banned() if self._num_output < self._min_tokens or self._bad_words else None
         if not banned:
             count = len(self._places)
@@ -198,10 +198,17 @@ class SamplerState:
         if place == len(self._ids):
             spare = max(16, place)
             self._ids = np.concatenate([self._ids, np.zeros(spare, np.int32)])
-            self._values = np.concatenate([self._values, np.tile(np.array([0.0, 1.0, 0.0], np.float32), (spare, 1))])
+            self._values = np.concatenate([self._values, _no_edits(spare)])
         count = self._counts[token_id] = self._counts.get(token_id, 0) + 1
         self._ids[place] = token_id
         self._values[place, 1:] = self._repetition, self._presence + self._frequency * count
+
+
+def _no_edits(count: int) -> FloatArray:
+    """[count, 3] edits that change nothing."""
+    values = np.zeros((count, 3), np.float32)
+    values[:, 1] = 1.0
+    return values
 
 
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:

@@ -5,18 +5,21 @@ Invariant: every running request arrived before every waiting one. So `running` 
 its last element, and a preempted request goes to the front of `waiting` without a search.
 
 One step is `schedule`, a forward pass by the caller, `record`. Only `record` counts tokens as computed, so a step that
-failed in between can be scheduled again, or its requests finished.
+failed in between can be scheduled again, or its requests finished. One further step may be planned between the two.
 
 Why every request ends: the oldest running one is served first, and preempting everything younger leaves it the whole
 cache, where `max_request_len` guarantees that it fits.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from mili.cache import KVCache, PageLease, SharedPage
 from mili.outputs import FinishReason
-from mili.request import Request, RequestStatus, ScheduledRequest
+from mili.request import InFlight, Request, RequestStatus, ScheduledRequest
+
+_NOTHING: Mapping[Request, InFlight] = MappingProxyType({})
 
 
 class Scheduler:
@@ -66,39 +69,60 @@ class Scheduler:
         self._num_arrivals += 1
         self.waiting.append(request)
 
-    def schedule(self) -> list[ScheduledRequest]:
+    def schedule(self, in_flight: Mapping[Request, InFlight] = _NOTHING) -> list[ScheduledRequest]:
         """Plans a step: takes the pages it needs, admits and preempts. Empty only if there are no requests.
 
         Nothing counts as computed before `record`.
+
+        Args:
+            in_flight: The step submitted last, if it is not recorded. The plan is for the step behind it: what is in
+                flight counts as computed, with one token more for who samples there. Nobody is preempted then, and the
+                plan is also empty if it depends on what `record` will do with pages: schedule again after that.
         """
         plan: list[ScheduledRequest] = []
         budget, logit_rows = self.max_num_batched_tokens, self.max_logit_rows
         upcoming: set[SharedPage | None] = set()  # pages that this step's prefills are about to compute and share
-        page_size = self.cache.page_size
-        num_running = len(self.running)
+        flying: set[SharedPage | None] = set()  # the same of the step in flight
+        cache = self.cache
+        num_running, num_ending = len(self.running), 0
         index = 0
         while index < len(self.running) and budget:
             request = self.running[index]
             index += 1
-            lease, num_computed = request.lease, request.num_computed
+            lease, num_computed, num_known = request.lease, request.num_computed, len(request.token_ids)
             assert lease is not None
-            num_new = len(request.token_ids) - num_computed
+            if in_flight and (part := in_flight.get(request)) is not None:
+                if num_computed < len(request.prompt_token_ids):
+                    if cache.would_swap(lease, request.token_ids[: num_computed + part.num_new_tokens]):
+                        return []  # this step would read other pages than one planned later: see `Flight`
+                    flying.add(cache.next_shared_page(lease, request.token_ids))
+                num_computed += part.num_new_tokens
+                num_known += part.logit_row >= 0
+                if num_known >= request.max_len:
+                    num_ending += 1
+                    continue
+            num_new = num_known - num_computed
             if num_new > 1:
                 num_new = min(num_new, budget)
                 if request.num_prompt_unscored:
                     num_new = min(num_new, logit_rows)
                     logit_rows -= num_new
-                upcoming.add(self.cache.next_shared_page(lease, request.token_ids))
+                upcoming.add(cache.next_shared_page(lease, request.token_ids))
             num_tokens = num_computed + num_new
             # Compared here first because that settles all but one in page_size decodes without a call.
-            if num_tokens > lease.num_pages * page_size and not self._make_room(request, lease, num_tokens):
-                break
+            if num_tokens > lease.num_pages * cache.page_size:
+                if in_flight and not cache.grow(lease, num_tokens):
+                    return []
+                if not self._make_room(request, lease, num_tokens):
+                    break
             if num_new:
                 plan.append(ScheduledRequest(request, num_new))
                 budget -= num_new
         if len(self.running) == num_running:  # after a preemption nobody is admitted: the pages are needed here
-            self._admit(plan, budget, logit_rows, upcoming)
-        assert plan or not self.has_unfinished, "requests wait but none can run"
+            num_places = self.max_num_seqs - (num_running - num_ending)
+            if not self._admit(plan, num_places, budget, logit_rows, upcoming, flying):
+                return []
+        assert plan or in_flight or not self.has_unfinished, "requests wait but none can run"
         return plan
 
     def record(self, plan: Sequence[ScheduledRequest], sampled: Iterable[int]) -> list[Request]:
@@ -155,29 +179,39 @@ class Scheduler:
             self.finish(request, FinishReason.ABORT)
 
     def _admit(
-        self, plan: list[ScheduledRequest], budget: int, logit_rows: int, upcoming: set[SharedPage | None]
-    ) -> None:
+        self,
+        plan: list[ScheduledRequest],
+        num_places: int,
+        budget: int,
+        logit_rows: int,
+        upcoming: set[SharedPage | None],
+        flying: set[SharedPage | None],
+    ) -> bool:
         """Moves requests from the front of `waiting` to `running` and to `plan` while there is room for them.
+
+        False if the next one had better wait until the step in flight is recorded, for a page of its prompt.
 
         Admission is optimistic: a request needs pages for the tokens it has now, not for all it may generate. Each
         running request has one page left to grow by, so that an admission is not undone by the next few steps.
         """
         cache = self.cache
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
+        while self.waiting and budget and num_places > 0:
             request = self.waiting[0]
             token_ids = request.token_ids
             num_unscored = request.num_prompt_unscored
             if num_unscored and not logit_rows:
-                return
+                return True
             # A position that must be scored must be computed, so the match has to end before it.
             lease = cache.acquire(token_ids[: request.num_prompt_scored + 1] if num_unscored else token_ids)
             shared_page = cache.next_shared_page(lease, token_ids)
             # A page that this step computes anyway can be shared in the next: n completions of a prompt prefill once.
-            is_upcoming = shared_page is not None and shared_page in upcoming and not num_unscored
+            is_sharing = shared_page is not None and not num_unscored
+            is_upcoming = is_sharing and (shared_page in upcoming or shared_page in flying)
             if is_upcoming or not cache.grow(lease, len(token_ids), headroom=len(self.running)):
                 cache.release(lease, ())
-                return
+                return not (is_sharing and shared_page in flying)
             self.waiting.popleft()
+            num_places -= 1
             self.running.append(request)
             request.status = RequestStatus.RUNNING
             request.lease = lease
@@ -193,6 +227,7 @@ class Scheduler:
             upcoming.add(shared_page)
             plan.append(ScheduledRequest(request, num_new))
             budget -= num_new
+        return True
 
     def _make_room(self, request: Request, lease: PageLease, num_tokens: int) -> bool:
         """Grows `lease`, preempting from the youngest on; False if `request` itself had to go."""

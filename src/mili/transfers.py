@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 
 from mili.models.qwen3 import INPUT_NAMES
 
-__all__ = ["Arrays", "Landing", "Landings", "Layout", "page_locked", "upload"]
+__all__ = ["Arrays", "Feeds", "Landing", "Landings", "Layout", "feed", "page_locked"]
 
 Arrays = Mapping[str, NDArray[Any]]
+Feeds = Sequence[tuple[int, int, int]]  # the fields of mili.batch.Feed
 
 _BORDER_WORDS = 64  # 256 bytes: what a fresh allocation would be aligned to
+_LEAST_WORDS = 1 << 16  # of a side's memory for arrays, which grows when a step needs more
 _HOST_SCALARS = ("max_query_len", "max_seq_len")
 _FLOATS = ("floats", "edit_values")
 _RESULTS = ((DType.int32, ()), (DType.float32, ()), (DType.int32, ()), (DType.int32, (20,)), (DType.float32, (20,)))
@@ -64,17 +66,12 @@ class Layout:
         return inputs
 
 
-def upload(arrays: Arrays, device: Device) -> tuple[list[Buffer], NDArray[np.int32]]:
-    """Copy a step's arrays to the device in one block; returns the graph's inputs and the host block they come from.
-
-    The copy is asynchronous: the caller keeps the block until the step's results are on the host.
-    """
-    layout = Layout({name: arrays[name].shape for name in INPUT_NAMES})
-    host = np.zeros(layout.size, np.int32)
-    for name, view in layout.arrays(host).items():
-        view[...] = arrays[name]
-    scalars = {name: int(arrays[name]) for name in _HOST_SCALARS}
-    return layout.inputs(Buffer.from_numpy(host).to(device), scalars), host
+def feed(block: Buffer, token_ids: int, after: Buffer | None, feeds: Feeds) -> None:
+    """Enqueue copies of sampled tokens, `after` of the step before, to the token ids that start in a step's block."""
+    for row, logit_row, count in feeds:
+        assert after is not None, "token ids of a step before, and no such step"
+        start = token_ids + row
+        block[start : start + count].inplace_copy_from(after[logit_row : logit_row + count])
 
 
 def page_locked(dtype: DType, shape: Sequence[int], device: Device) -> tuple[Buffer, NDArray[Any]]:
@@ -87,15 +84,29 @@ def page_locked(dtype: DType, shape: Sequence[int], device: Device) -> tuple[Buf
 
 
 class Landing:
-    """One side's host memory for results."""
+    """One side's host memory, for results and for the arrays of steps that are not replayed."""
 
     def __init__(self, device: Device, max_rows: int) -> None:
+        self._device = device
+        self._source, self._host = page_locked(DType.int32, [_LEAST_WORDS], device)
         pairs = [page_locked(dtype, (max_rows, *shape), device) for dtype, shape in _RESULTS]
         self._buffers = [buffer for buffer, _ in pairs]
         self._arrays = [array for _, array in pairs]
         self._queue = device.default_queue
         self._event = DeviceEvent(device)
         self._queue.record_event(self._event)
+
+    def upload(self, arrays: Arrays, after: Buffer | None = None, feeds: Feeds = ()) -> list[Buffer]:
+        """Enqueue the copy of a step's arrays to the device, and what `feed` does; returns the graph's inputs."""
+        layout = Layout({name: arrays[name].shape for name in INPUT_NAMES})
+        if layout.size > len(self._host):
+            self._source, self._host = page_locked(DType.int32, [1 << (layout.size - 1).bit_length()], self._device)
+        for name, view in layout.arrays(self._host).items():
+            view[...] = arrays[name]
+        block = Buffer(DType.int32, [layout.size], self._device)
+        block.inplace_copy_from(self._source[: layout.size])
+        feed(block, layout.offsets["token_ids"], after, feeds)
+        return layout.inputs(block, {name: int(arrays[name]) for name in _HOST_SCALARS})
 
     def copy(self, outputs: Sequence[Buffer], rows: int) -> None:
         """Enqueue the copies of the first `rows` rows of the outputs, which end the step that uses this side."""

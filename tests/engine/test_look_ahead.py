@@ -1,6 +1,7 @@
 """The GPU's side of the runner on the CPU, under a model whose captured graphs are eager calls (bundled model)."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,8 +44,8 @@ class Capturable:
         del self.captured[key]
 
 
-def make_llm(looks_ahead: bool) -> LLM:
-    llm = LLM(device="cpu", max_num_seqs=16)
+def make_llm(looks_ahead: bool, **options) -> LLM:
+    llm = LLM(device="cpu", max_num_seqs=16, **options)
     if looks_ahead:
         runner = llm._loaded.engine._runner
         runner._model = Capturable(runner._model, runner.device)
@@ -55,7 +56,8 @@ def make_llm(looks_ahead: bool) -> LLM:
 
 
 def fingerprint(output) -> list:
-    return [(c.token_ids, c.text, c.finish_reason, c.logprobs) for c in output.outputs]
+    completions = [(c.token_ids, c.text, c.finish_reason, c.logprobs) for c in output.outputs]
+    return completions if output.prompt_logprobs is None else [*completions, output.prompt_logprobs]
 
 
 @pytest.mark.parametrize("params", [GREEDY, SEEDED, SEVERAL], ids=["greedy", "seeded", "several"])
@@ -71,6 +73,23 @@ def test_outputs_are_those_of_one_step_at_a_time(params: SamplingParams) -> None
         assert model.num_replays > 30
         assert model.captured
     assert not model.captured
+
+
+def test_chunks_of_prompts_follow_each_other_and_share_steps_with_tokens_on_their_way() -> None:
+    draw = random.Random(4)
+    prompts = [[draw.randrange(8000) for _ in range(length)] for length in (40, 5, 90, 16, 17, 64, 100, 3, 33, 31) * 3]
+    mix = [GREEDY, SEEDED, replace(GREEDY, max_tokens=1), replace(GREEDY, prompt_logprobs=2)]
+    params = [mix[index % 4] for index in range(len(prompts))]
+    with make_llm(False) as llm:
+        expected = [fingerprint(output) for output in llm.generate(prompts, params, use_tqdm=False)]
+    with make_llm(True, max_num_batched_tokens=37) as llm:
+        runner, submitted = llm._loaded.engine._runner, []
+        submit = runner.submit
+        runner.submit = lambda batch, sampling, after: (submitted.append(batch), submit(batch, sampling, after))[1]
+        for _ in range(2):
+            assert [fingerprint(o) for o in llm.generate(prompts, params, use_tqdm=False)] == expected
+    fed = [batch for batch in submitted if batch.feeds and len(batch.token_ids) > len(batch.seq_lens)]
+    assert len(fed) > 30
 
 
 def test_steps_with_masks_are_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mili.engine import StepStats
 from mili.errors import ConfigError
+from mili.progress import StepStats
 from mili.server.config import ServerConfig
 from mili.server.metrics import StepTotals
 from support.server import BODY, COMPLETIONS, Gate, application
@@ -119,6 +119,7 @@ def test_a_request_leaves_its_times_and_sizes(served):
 
 def test_the_tokens_of_steps_are_those_computed(served):
     tokens = served.llm.get_tokenizer().encode(BODY["prompt"])
+    served.loop.run(asyncio.sleep(0.05))  # a step is reported after its tokens are, also the start's
     before = served.metric("iteration_tokens_total_sum")
     served.complete(max_tokens=5)
     served.loop.run(asyncio.sleep(0.05))  # a step is reported after its tokens are

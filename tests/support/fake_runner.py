@@ -41,6 +41,7 @@ class FakePending:
 
     def fetch(self) -> FakeStep:
         assert self.runner.num_steps - self.number < 2, "its results have been overwritten"
+        self.runner.num_fetched = self.number
         if self.step is None:
             raise self.runner.error
         return self.step
@@ -64,7 +65,9 @@ class FakeRunner:
     startup_seconds: dict[str, float] = field(default_factory=dict)
     looks_ahead: bool = False  # whether a step may be submitted behind one that was not fetched
     num_steps: int = 0
-    num_follow_ups: int = 0
+    num_fetched: int = 0  # the number of the step fetched last
+    num_follow_ups: int = 0  # steps fed by the one before
+    num_ahead: int = 0  # steps submitted before the one before was fetched, or in place of fetching it
     batches: list[ForwardBatch] = field(default_factory=list)
     prefills: list[list[int]] = field(default_factory=list)  # what a request held when several tokens were added to it
 
@@ -84,15 +87,23 @@ class FakeRunner:
         self.num_steps += 1
         self.batches.append(batch)
         is_padding = np.zeros(len(batch.slots), bool)
+        is_ahead = self.num_steps - self.num_fetched > 1
+        assert self.looks_ahead or not is_ahead
+        self.num_ahead += is_ahead
+        assert (after is not None) == bool(batch.feeds)
         if after is not None:
-            assert self.looks_ahead and after.number == self.num_steps - 1
+            assert after.number == self.num_steps - 1
             self.num_follow_ups += 1
-            sampled = np.zeros(len(batch.token_ids), np.int32) if after.step is None else after.step.token_ids.copy()
-            assert len(batch.token_ids) == len(batch.seq_lens) == len(sampled)
-            batch = replace(batch, token_ids=sampled)  # those in the batch are not read
+            token_ids = batch.token_ids.copy()
+            for row, logit_row, count in batch.feeds:
+                assert not token_ids[row : row + count].any()
+                if after.step is not None:
+                    token_ids[row : row + count] = after.step.token_ids[logit_row : logit_row + count]
+            batch = replace(batch, token_ids=token_ids)
             is_padding = batch.slots == 0
-            assert (batch.page_table[is_padding] == 0).all()
-            assert (batch.seq_lens[is_padding] == 1).all()
+            owners = np.repeat(np.arange(len(batch.seq_lens)), np.diff(batch.query_starts))[is_padding]
+            assert (batch.page_table[owners] == 0).all()
+            assert (batch.seq_lens[owners] == 1).all()
         slots = batch.slots[~is_padding]
         assert len(set(slots.tolist())) == len(slots), "two tokens are written to one slot"
         assert slots.min() >= self.page_size, "a token is written to the scratch page"

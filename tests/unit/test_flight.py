@@ -90,23 +90,42 @@ def test_min_tokens_is_waited_for_until_it_is_reached():
     assert 0 < runner.num_follow_ups < 6
 
 
-def test_no_step_goes_ahead_of_somebody_who_may_be_admitted():
+def test_who_can_be_admitted_is_in_the_next_step_that_is_submitted():
     runner = ahead()
     engine = make_engine(runner, max_num_seqs=2)
     first = engine.add([1], greedy(max_tokens=20, ignore_eos=True))
     engine.step()
     engine.step()
     assert runner.num_steps == 3
-    engine.add([2], greedy(max_tokens=20, ignore_eos=True))
+    engine.add([2] * 9, greedy(max_tokens=20, ignore_eos=True))
     engine.add([3], greedy(max_tokens=20, ignore_eos=True))  # waits, and there is no room for it
-    engine.step()  # takes in what was on its way
-    assert runner.num_steps == 3
     engine.step()
-    assert len(runner.batches[-2].seq_lens) == 2, "the second was not admitted at once"
-    assert runner.num_follow_ups >= 3, "a request without room held the others up"
+    assert runner.num_steps == 4
+    assert runner.batches[-1].seq_lens.tolist() == [4, 9], "the second was not admitted at once"
+    assert runner.batches[-1].feeds == [(0, 0, 1)], "the first did not go on beside it"
     engine.abort(first)
     outputs = run(engine)
     assert all(len(output.outputs[0].token_ids) == 20 for output in outputs.values())
+    assert runner.num_ahead == runner.num_steps - 1
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 5])
+@pytest.mark.parametrize("budget", [64, 100, 37])
+def test_a_chunk_of_prompts_is_submitted_while_the_one_before_is_computed(max_tokens, budget):
+    work = [(prompt, greedy(max_tokens=max_tokens, ignore_eos=True)) for prompt in random_prompts(30)]
+    options = {"max_num_seqs": 16, "max_num_batched_tokens": budget}
+    runner, plain = ahead(num_pages=300), FakeRunner(num_pages=300)
+    assert serve(runner, work, **options) == serve(plain, work, **options)
+    assert runner.num_ahead >= runner.num_steps - 3
+    assert runner.num_steps <= plain.num_steps + 1
+    assert max(len(batch.token_ids) for batch in runner.batches) == budget
+
+
+def test_a_prompt_waits_for_the_pages_that_are_being_computed():
+    runner = ahead()
+    prompt = list(range(100, 150))
+    serve(runner, [([*prompt, index], greedy(max_tokens=2, ignore_eos=True)) for index in range(5)])
+    assert [len(batch.token_ids) for batch in runner.batches] == [51, 1 + 4 * 3, 4]
 
 
 def test_rows_of_the_ended_are_padding_until_a_smaller_batch_will_do():
@@ -117,7 +136,7 @@ def test_rows_of_the_ended_are_padding_until_a_smaller_batch_will_do():
     widths = [len(batch.seq_lens) for batch in runner.batches]
     assert sorted(set(widths), reverse=True) == [8, 4, 2, 1]
     assert (runner.batches[11].slots == 0).sum() == 1
-    assert runner.num_steps - runner.num_follow_ups == 4  # the prompts, and one step for each smaller batch
+    assert runner.num_steps - runner.num_follow_ups == 1  # the prompts
 
 
 def test_a_stop_string_costs_one_token_that_nobody_sees():

@@ -50,6 +50,22 @@ def test_outputs_are_in_the_order_of_the_prompts(llm):
         assert llm.generate(prompt, param, use_tqdm=False)[0].outputs == output.outputs
 
 
+def test_prompts_are_added_as_steps_have_room_for_them(runners, monkeypatch):
+    prompts = [[7 + index] * 20 for index in range(30)]
+    with LLM(max_num_batched_tokens=64) as llm:
+        engine, waiting = llm._loaded.engine, []
+        step = engine.step
+        monkeypatch.setattr(engine, "step", lambda: (waiting.append(len(engine._scheduler.waiting)), step())[1])
+        outputs = llm.generate(prompts, SHORT, use_tqdm=False)
+        assert [output.prompt_token_ids for output in outputs] == prompts
+        assert max(waiting) == 7  # two steps of 64 tokens, and one that begins in the second
+        assert len({output.metrics.arrival_time for output in outputs}) == 1
+        assert max(len(batch.token_ids) for batch in runners[0].batches) == 64
+        alone = llm.generate(prompts[-1], SHORT, use_tqdm=False)
+        assert alone[0].outputs == outputs[-1].outputs
+        check_idle(llm)
+
+
 def test_without_params_the_checkpoint_decides(llm, runners):
     assert llm.get_default_sampling_params() == SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
     llm.generate([5], use_tqdm=False)

@@ -22,8 +22,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from mili.engine import StepStats
 from mili.outputs import FinishReason, RequestOutput
+from mili.progress import StepStats
 from mili.sampling_params import SamplingParams
 from mili.server.health import Readiness
 from mili.server.middleware import Exchange
