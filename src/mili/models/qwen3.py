@@ -191,7 +191,7 @@ def _layer_graph(
     """One decoder layer as a subgraph: (x, residual, layer, step) -> (x, residual)."""
     values = step.values()
     types = [x.type, x.type, layer.type, *(value.type for value in values)]
-    with graph.add_subgraph("qwen3_layer", input_types=types, custom_extensions=[kernels_path()]) as sub:
+    with graph.add_subgraph("qwen3_layer", input_types=types, custom_extensions=graph.kernel_libraries_paths) as sub:
         inputs = list(sub.inputs)
         rest = [v.buffer if isinstance(t, BufferType) else v.tensor for v, t in zip(inputs[3:], types[3:], strict=True)]
         inner = _Step(*rest)  # type: ignore[arg-type]
