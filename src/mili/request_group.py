@@ -31,6 +31,7 @@ class Child:
     sampler: SamplerState
     grammar: GrammarState | None  # of its structured_outputs
     last_token_time: float | None = None
+    failure: Exception | None = None  # of its grammar, before its next token
 
     def keep_prompt_logprobs(self, output: Any, row: int, position: int, tokenizer: Tokenizer) -> None:
         """Take what logit row `row` of the `StepOutput` says about the prompt's token at `position`."""
@@ -109,16 +110,37 @@ class RequestGroup:
 
 
 def launch(
-    plan: list[ScheduledRequest], children: Sequence[Child], runner: "Runner", page_size: int, now: float
+    plan: list[ScheduledRequest],
+    children: Sequence[Child],
+    runner: "Runner",
+    page_size: int,
+    now: float,
+    grammars: GrammarCompiler,
 ) -> Flight:
-    """Submit the step of `plan`, which has one request of each of `children`."""
+    """Submit the step of `plan`, which has one request of each of `children`.
+
+    Masks of what was drawn last are made while the device computes. What goes wrong with one is kept as the child's
+    `failure`; the child takes part nevertheless, for its neighbours' sake.
+    """
     for child in children:
         if child.group.first_scheduled_time is None:
             child.group.first_scheduled_time = now
     batch = ForwardBatch.build(plan, page_size)
-    sampling = _sampling_batch(batch, children)
-    is_steady = all(child.sampler.is_steady and child.grammar is None for child in children)
-    return Flight(plan, batch.sample_rows.tolist(), batch, sampling, runner.submit(batch, sampling), is_steady)
+    rows = batch.sample_rows.tolist()
+    masked = [child for child in children if child.grammar is not None]
+    if not masked:
+        sampling = _sampling_batch(batch, children)
+        is_steady = all(child.sampler.is_steady for child in children)
+        return Flight(plan, rows, batch, sampling, runner.submit(batch, sampling), is_steady)
+
+    def make_sampling() -> SamplingBatch:
+        behind = [child for child in masked if child.grammar is not None and child.grammar.is_behind]
+        errors = grammars.advance([child.grammar for child in behind if child.grammar is not None])
+        for child, error in zip(behind, errors, strict=True):
+            child.failure = error
+        return _sampling_batch(batch, children)
+
+    return Flight(plan, rows, batch, None, runner.submit(batch, make_sampling), is_steady=False)
 
 
 def _sampling_batch(batch: ForwardBatch, children: Sequence[Child]) -> SamplingBatch:
@@ -128,7 +150,9 @@ def _sampling_batch(batch: ForwardBatch, children: Sequence[Child]) -> SamplingB
         child = children[index]
         if kind == "sample":
             row = child.sampler.row()
-            rows.append(row if child.grammar is None else row._replace(mask=child.grammar.mask))
+            if child.grammar is not None and child.failure is None:
+                row = row._replace(mask=child.grammar.mask)
+            rows.append(row)
         else:
             params, token_ids = child.request.params, child.request.token_ids
             assert params.prompt_logprobs is not None

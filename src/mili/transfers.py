@@ -1,6 +1,6 @@
 """How a step's arrays reach a GPU and its results come back: one copy in, one copy out for each result wanted.
 
-A step's arrays travel as one block of 32-bit words; the graph's inputs are views into it:
+A step's arrays travel as one block of 32-bit words; the graphs' inputs are views into it:
 
     block    | token_ids | pad | positions | pad | slots | pad | ...        each array starts on a 256-byte border
 
@@ -10,15 +10,13 @@ Invariant: everything happens in the order of the device's one queue, and a side
 has gone past the step that used it last.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from max.driver import Buffer, Device, DeviceEvent, Usage
 from max.dtype import DType
 from numpy.typing import NDArray
-
-from mili.models.qwen3 import INPUT_NAMES
 
 __all__ = ["Arrays", "Landing", "Landings", "Layout", "page_locked", "upload"]
 
@@ -34,7 +32,7 @@ class Layout:
     """Where each of a step's arrays lies in its block."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """`shapes` are those of all inputs of a step; scalars, which stay on the host, take no room."""
+        """`shapes` are those of a step's arrays in order; scalars, which stay on the host, take no room."""
         self._shapes = shapes
         self.offsets: dict[str, int] = {}  # in words
         self.size = 0  # words of the block
@@ -51,10 +49,10 @@ class Layout:
             found[name] = words.view(np.float32 if name in _FLOATS else np.int32).reshape(self._shapes[name])
         return found
 
-    def inputs(self, block: Buffer, scalars: Mapping[str, int]) -> list[Buffer]:
-        """The graph's inputs in order: views into a block on the device, and host scalars."""
+    def inputs(self, names: Iterable[str], block: Buffer, scalars: Mapping[str, int]) -> list[Buffer]:
+        """The inputs `names` of a graph: views into a block on the device, and host scalars."""
         inputs = []
-        for name in INPUT_NAMES:
+        for name in names:
             if name in _HOST_SCALARS:
                 inputs.append(Buffer.from_numpy(np.array(scalars[name], np.int32)))
                 continue
@@ -65,16 +63,16 @@ class Layout:
 
 
 def upload(arrays: Arrays, device: Device) -> tuple[list[Buffer], NDArray[np.int32]]:
-    """Copy a step's arrays to the device in one block; returns the graph's inputs and the host block they come from.
+    """Copy a graph's arrays to the device in one block; returns its inputs and the host block they come from.
 
     The copy is asynchronous: the caller keeps the block until the step's results are on the host.
     """
-    layout = Layout({name: arrays[name].shape for name in INPUT_NAMES})
+    layout = Layout({name: array.shape for name, array in arrays.items()})
     host = np.zeros(layout.size, np.int32)
     for name, view in layout.arrays(host).items():
         view[...] = arrays[name]
-    scalars = {name: int(arrays[name]) for name in _HOST_SCALARS}
-    return layout.inputs(Buffer.from_numpy(host).to(device), scalars), host
+    scalars = {name: int(arrays[name]) for name in _HOST_SCALARS if name in arrays}
+    return layout.inputs(arrays, Buffer.from_numpy(host).to(device), scalars), host
 
 
 def page_locked(dtype: DType, shape: Sequence[int], device: Device) -> tuple[Buffer, NDArray[Any]]:

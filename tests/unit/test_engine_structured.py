@@ -112,13 +112,11 @@ def test_reasoning_is_free_and_the_answer_is_bound():
 
 def test_a_mask_is_part_of_the_rows_that_have_a_form_only():
     engine = make_engine(runner := FakeRunner())
-    seen = []
-    submit = runner.submit
-    runner.submit = lambda batch, sampling, **options: (seen.append(sampling), submit(batch, sampling, **options))[1]
     engine.add([1], greedy(max_tokens=2))
     engine.add([2], choosing(seed=1))
     engine.add([3] * 20, SamplingParams(prompt_logprobs=0, max_tokens=2, structured_outputs=form(regex="[ab]*")))
     run(engine)
+    seen = runner.samplings
     assert seen[0].ints[:, 6].tolist() == [-1, 0, *[-1] * 19, 1]
     assert seen[0].masks.shape == (2, 8192 // 32)
 
