@@ -123,14 +123,14 @@ def _child(job: _SamplerJob, errors: Path) -> Iterator["subprocess.Popen[bytes] 
     try:
         with errors.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", __name__],
+                [sys.executable, "-P", "-m", __name__],
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 start_new_session=True,  # Ctrl-C is for us
             )
-    except OSError as error:
+    except (OSError, TypeError) as error:  # of a type, where Python does not know its own path
         log.warning("no second process to compile in: %s", error)
         yield None
         return
