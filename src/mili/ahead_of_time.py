@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from max import driver
-from max.driver import CPU, Accelerator
+from max.driver import CPU
 from max.engine import InferenceSession
 
-from mili.compiler import Target, artefact_facts, artefact_path, compile_step, export
+from mili.compiler import artefact_facts, artefact_paths, export, target_of
 from mili.config import EngineConfig, ModelConfig
 from mili.errors import ConfigError
 from mili.models.hub import resolve_model
+from mili.step_compiler import Target, compile_step, declare_device
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def compile_ahead(
     hf_overrides: Mapping[str, Any] | None = None,
     revision: str | None = None,
 ) -> Path:
-    """Compile `model` into `folder` for `LLM(model, compiled=folder)` and return the file.
+    """Compile `model` into `folder` for `LLM(model, compiled=folder)` and return the note beside its graphs.
 
     To be called before anything else in the process has looked for a GPU: a target that is not here is declared as a
     virtual device, which lasts as long as the process.
@@ -52,21 +52,14 @@ def compile_ahead(
     """
     shape = ModelConfig.from_pretrained(resolve_model(model, revision, weights=False), hf_overrides)
     dtype = config.resolve_dtype(shape)
-    if target == "cpu":
-        device: driver.Device = CPU()
-        made_for = Target.of(device)
-    elif _ARCHITECTURE.fullmatch(target):
-        driver.set_virtual_device_count(1)
-        driver.set_virtual_device_api("cuda")
-        driver.set_virtual_device_target_arch(target)
-        device, made_for = Accelerator(), Target("gpu", target)
-    else:
+    if target != "cpu" and not _ARCHITECTURE.fullmatch(target):
         raise ConfigError(f"target must be 'cpu' or an NVIDIA architecture such as 'sm_90a', got {target!r}")
+    made_for = target_of(CPU()) if target == "cpu" else Target("gpu", target)
     facts = artefact_facts(shape, dtype, config.page_size, made_for, config.batch_invariant)
-    path = artefact_path(facts, folder)
+    paths = artefact_paths(facts, folder)
     log.info("compiling the %d-layer network for %s", shape.num_hidden_layers, target)
-    session = InferenceSession(devices=[device])
+    session = InferenceSession(devices=[declare_device(made_for)])
     compiled = compile_step(session, shape, dtype, config.page_size, made_for, config.batch_invariant)
-    export(compiled, path)
-    path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-    return path
+    export(compiled, paths)
+    paths.note.write_text(json.dumps(facts, indent=1) + "\n")
+    return paths.note

@@ -1,6 +1,6 @@
-"""From a model's config to a compiled graph, through a cache on disk.
+"""From a model's config to the compiled graphs of a step, through a cache on disk.
 
-Knows what a compiled graph depends on and how MAX compiles, exports and reads one; knows no weights and runs nothing.
+Knows what they depend on and how MAX exports and reads them; knows no weights and runs nothing.
 Invariant: a cached artefact is used only under a key made of everything that went into it (mili's kernels and graph
 code, MAX's version, the config's shapes, dtype, page size, target), because MAX itself matches an artefact by nothing
 but its path.
@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from max import driver
-from max.dtype import DType
 from max.engine import InferenceSession
 from max.engine.api import CompiledModel, read
-from max.graph import DeviceRef
 
 from mili.config import ModelConfig
 from mili.errors import ConfigError
-from mili.models.qwen3 import build_graph
 from mili.ops._call import kernels_path
+from mili.step_compiler import CompiledStep, Target, compile_step
 
-__all__ = ["Target", "artefact_key", "artefact_path", "cache_folder", "compile_step", "compiled_step", "export"]
+__all__ = ["artefact_facts", "artefact_key", "artefact_paths", "cache_folder", "compiled_step", "export", "target_of"]
 
 log = logging.getLogger(__name__)
 
@@ -45,23 +43,25 @@ _GRAPH_FIELDS = (
     "tie_word_embeddings",
     "attention_bias",
 )
-# Host code of a GPU artefact only launches kernels: a plain instruction set lets one artefact serve any x86-64 host.
-_GPU_HOST_CPU = "x86-64-v3"
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """What a graph is compiled for: "cpu" with a fingerprint of its instruction set, or "gpu" with an architecture."""
+class ArtefactPaths:
+    """Where a compiled step is or will be."""
 
-    kind: str
-    arch: str
+    forward: Path
+    sampler: Path
+    note: Path  # all that went into it, beside what `mili compile` makes
 
-    @classmethod
-    def of(cls, device: driver.Device) -> "Target":
-        """The target that `device` is."""
-        if device.is_host:
-            return cls("cpu", _host_fingerprint())
-        return cls("gpu", device.architecture_name)
+    @property
+    def are_there(self) -> bool:
+        """Whether both graphs are."""
+        return self.forward.is_file() and self.sampler.is_file()
+
+
+def target_of(device: driver.Device) -> Target:
+    """The target that `device` is."""
+    return Target("cpu", _host_fingerprint()) if device.is_host else Target("gpu", device.architecture_name)
 
 
 def cache_folder() -> Path:
@@ -93,9 +93,10 @@ def artefact_key(facts: dict[str, Any]) -> str:
     # --8<-- [end:key]
 
 
-def artefact_path(facts: dict[str, Any], folder: Path | None = None) -> Path:
+def artefact_paths(facts: dict[str, Any], folder: Path | None = None) -> ArtefactPaths:
     """Where the compiled step is or will be, in the cache unless `folder` is given."""
-    return (folder or cache_folder()) / f"qwen3-{artefact_key(facts)}.mef"
+    stem = str((folder or cache_folder()) / f"qwen3-{artefact_key(facts)}")
+    return ArtefactPaths(Path(f"{stem}-forward.mef"), Path(f"{stem}-sampler.mef"), Path(f"{stem}.json"))
 
 
 def compiled_step(
@@ -106,49 +107,34 @@ def compiled_step(
     target: Target,
     folder: Path | None = None,
     batch_invariant: bool = False,
-) -> CompiledModel:
-    """Return the compiled graph of one step, from the cache if it is there; compile and keep it otherwise.
+) -> CompiledStep:
+    """Return the compiled graphs of one step, from the cache if they are there; compile and keep them otherwise.
 
     An unreadable artefact is compiled anew. A cache folder that cannot be written costs the next start, not this one.
     With `folder`, made by `mili compile`, nothing is compiled: ConfigError says what its graphs were made for instead.
     """
     facts = artefact_facts(config, dtype, page_size, target, batch_invariant)
-    path = artefact_path(facts, folder)
-    if folder is not None and not path.is_file():
+    paths = artefact_paths(facts, folder)
+    if folder is not None and not paths.are_there:
         raise ConfigError(_mismatch(folder, facts))
-    if path.is_file():
+    if paths.are_there:
+        path = paths.forward
         try:
-            return read(path)
+            forward = read(path)
+            path = paths.sampler
+            return CompiledStep(forward, read(path))
         except Exception as error:
             if folder is not None:
                 raise ConfigError(f"{path} is not readable: compile it again ({error})") from error
             log.warning("compiling again: %s is not readable (%s)", path, error)
-    log.info("compiling the %d-layer network for %s (once; kept in %s)", config.num_hidden_layers, target.kind, path)
+    kept_in = paths.forward.parent
+    log.info("compiling the %d-layer network for %s (once; kept in %s)", config.num_hidden_layers, target.kind, kept_in)
     compiled = compile_step(session, config, dtype, page_size, target, batch_invariant)
     try:
-        export(compiled, path)
+        export(compiled, paths)
     except OSError as error:
-        log.warning("the compiled graph could not be kept in %s: %s", path.parent, error)
+        log.warning("the compiled graphs could not be kept in %s: %s", kept_in, error)
     return compiled
-
-
-def compile_step(
-    session: InferenceSession,
-    config: ModelConfig,
-    dtype: str,
-    page_size: int,
-    target: Target,
-    batch_invariant: bool = False,
-) -> CompiledModel:
-    """Compile the graph of one step; a GPU `target` needs a real or virtual device of its kind in `session`."""
-    device = DeviceRef.CPU() if target.kind == "cpu" else DeviceRef.GPU()
-    before = driver.get_virtual_cpu_target()
-    if target.kind == "gpu":
-        driver.set_virtual_cpu_target(_GPU_HOST_CPU)
-    try:
-        return session.compile(build_graph(config, DType[dtype], page_size, device, batch_invariant))
-    finally:
-        driver.set_virtual_cpu_target(before)
 
 
 def _mismatch(folder: Path, wanted: dict[str, Any]) -> str:
@@ -169,12 +155,20 @@ def _mismatch(folder: Path, wanted: dict[str, Any]) -> str:
         return found
 
     least = min(map(differences, notes), key=len)
+    if not least:  # made for this, but a file is gone
+        return f"compiled={str(folder)!r} holds only a part of its compiled graphs: copy or compile it again"
     return f"compiled={str(folder)!r} was made for {', '.join(least)}: compile it again, with this mili, for this model"
 
 
-def export(compiled: CompiledModel, path: Path) -> None:
-    """Write beside the final name and rename, so that a reader never sees half an artefact."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def export(compiled: CompiledStep, paths: ArtefactPaths) -> None:
+    """Write both graphs to their places."""
+    paths.forward.parent.mkdir(parents=True, exist_ok=True)
+    _export(compiled.sampler, paths.sampler)
+    _export(compiled.forward, paths.forward)
+
+
+def _export(compiled: CompiledModel, path: Path) -> None:
+    """Write beside the final name and rename, so that a reader never sees half a file."""
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
     try:

@@ -55,7 +55,6 @@ class Engine:
             )
         self.limits = RequestLimits(model.vocab_size, runner.max_model_len)
         self._grammars = GrammarCompiler(tokenizer, model.vocab_size, model.eos_token_ids)
-        self._undigested: list[Child] = []  # with a grammar that has not seen the newest token
         self._groups: dict[str, RequestGroup] = {}
         self._children: dict[Request, Child] = {}  # the unfinished ones
         self._counters = Counters()
@@ -123,7 +122,6 @@ class Engine:
         and `take` raises it for them; the others go on.
         KeyboardInterrupt and its like end them too, and then leave this method.
         """
-        failed = self._advance_grammars()
         # --8<-- [start:step]
         flight, self._flight = self._flight, None  # the step that was enqueued while the one before it was running
         if flight is not None and not flight.drop_finished():
@@ -131,16 +129,16 @@ class Engine:
         plan = self._scheduler.schedule() if flight is None else flight.plan
         children = [self._children[request] for request, _ in plan]
         if not plan:
-            return Progress([], failed)
+            return Progress([], [])
         try:
-            flight = flight or launch(plan, children, self._runner, self._cache.page_size, self.now())
+            if flight is None:
+                flight = launch(plan, children, self._runner, self._cache.page_size, self.now(), self._grammars)
             if self._runner.looks_ahead:  # the device has the next step before the host waits for this one
                 self._flight = flight.follow_up(self._runner, self._scheduler) or self._launch_behind(flight)
-            advanced, finished, stats = self._take_in(flight, flight.pending.fetch())
-            return Progress(advanced, failed + finished, stats)
+            return self._take_in(flight, flight.pending.fetch())
         # --8<-- [end:step]
         except Exception as error:
-            return Progress([], failed + self._fail(children, error))
+            return Progress([], self._fail(children, error))
         except BaseException:
             self._fail(children, MiliError("the step of this request was interrupted"))
             raise
@@ -200,21 +198,13 @@ class Engine:
         self._grammars.close()
         self._runner.close()
 
-    def _advance_grammars(self) -> list[str]:
-        """Bring masks up to the newest tokens; ends, and returns, the groups of those whose grammar failed."""
-        children = [child for child in self._undigested if child.request in self._children]  # the unfinished ones
-        errors = self._grammars.advance([child.grammar for child in children if child.grammar is not None])
-        self._undigested.clear()
-        failed = (self._fail([child], e) for child, e in zip(children, errors, strict=True) if e is not None)
-        return list(itertools.chain.from_iterable(failed))
-
     def _launch_behind(self, flight: Flight) -> Flight | None:
         """Plan and enqueue the step after `flight`, or return None if that has to wait until it is taken in."""
         plan = self._scheduler.schedule(flight.parts()) if flight.is_steady else []
         if not plan:
             return None
         children = [self._children[request] for request, _ in plan]
-        return launch(plan, children, self._runner, self._cache.page_size, self.now(), flight)
+        return launch(plan, children, self._runner, self._cache.page_size, self.now(), self._grammars, flight)
 
     def _take_in(self, flight: Flight, output: "StepOutput") -> Progress:
         """Hand the sampled tokens to the scheduler, then to the completions."""
@@ -253,7 +243,9 @@ class Engine:
         return Progress(list(advanced), finished, StepStats(sum(num_new for _, num_new in flight.plan), latencies))
 
     def _receive(self, child: Child, output: "StepOutput", row: int, token: int) -> None:
-        """Turn a completion's next token into text; it may end with it."""
+        """Turn a completion's next token into text; it may end with it. Raises what went wrong with its mask."""
+        if child.failure is not None:
+            raise child.failure
         request, completion = child.request, child.completion
         child.sampler.append(token)
         if request.finish_reason is FinishReason.STOP:
@@ -265,7 +257,6 @@ class Engine:
             completion.add_logprobs(token_logprobs(output, row, token, num_logprobs, named))
         if child.grammar is not None:
             child.grammar.append(token)
-            self._undigested.append(child)
         if request.finish_reason is not None:
             completion.finish(request.finish_reason, request.stop_reason)
             self._forget(child)

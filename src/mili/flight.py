@@ -43,7 +43,7 @@ class Flight:
     plan: list[ScheduledRequest]  # of the requests that had not ended when last looked
     rows: list[int]  # of logits: the one that each request of `plan` is sampled from; -1 in mid-prompt
     batch: ForwardBatch
-    sampling: SamplingBatch
+    sampling: SamplingBatch | None  # None if it was made late, which no steady step's is
     pending: "PendingStep"
     is_steady: bool  # the next rows of those sampled here differ from these in positions only
     has_old_tables: bool = False  # pages were swapped, perhaps, between this batch's making and now
@@ -67,7 +67,7 @@ class Flight:
         Takes the pages that the next tokens need; a request that gets them too early simply has them already.
         """
         num_rows = len(self.batch.seq_lens)
-        if not self.is_steady or len(self.batch.logit_rows) != num_rows:
+        if not self.is_steady or self.sampling is None or len(self.batch.logit_rows) != num_rows:
             return None
         if len(self.plan) != len(scheduler.running) or min(self.rows) < 0:
             return None

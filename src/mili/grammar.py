@@ -65,6 +65,11 @@ class GrammarState:
         self._mask: IntArray | None = None
 
     @property
+    def is_behind(self) -> bool:
+        """Whether a token was appended that `GrammarCompiler.advance` has not seen."""
+        return self._undigested is not None
+
+    @property
     def mask(self) -> IntArray | None:
         """[ceil(V / 32)] token i is bit i % 32 of word i // 32; None while every token is allowed."""
         assert self._undigested is None, "a token was appended but the grammar not advanced"

@@ -31,6 +31,7 @@ class Child:
     sampler: SamplerState
     grammar: GrammarState | None  # of its structured_outputs
     last_token_time: float | None = None
+    failure: Exception | None = None  # of its grammar, before its next token
 
     def keep_prompt_logprobs(self, output: Any, row: int, position: int, tokenizer: Tokenizer) -> None:
         """Take what logit row `row` of the `StepOutput` says about the prompt's token at `position`."""
@@ -114,14 +115,18 @@ def launch(
     runner: "Runner",
     page_size: int,
     now: float,
+    grammars: GrammarCompiler,
     before: Flight | None = None,
 ) -> Flight:
-    """Submit the step of `plan`, which has one request of each of `children`, maybe behind one that is in flight."""
+    """Submit the step of `plan`, which has one request of each of `children`, maybe behind one that is in flight.
+
+    Masks of what was drawn last are made while the device computes. What goes wrong with one is kept as the child's
+    `failure`; the child takes part nevertheless, for its neighbours' sake.
+    """
     for child in children:
         if child.group.first_scheduled_time is None:
             child.group.first_scheduled_time = now
     batch = ForwardBatch.build(plan, page_size, {} if before is None else before.parts())
-    sampling = _sampling_batch(batch, children)
     rows = [-1] * len(plan)
     scored: list[tuple[int, Request, int]] = []
     is_steady = True
@@ -132,8 +137,18 @@ def launch(
             is_steady = is_steady and child.sampler.is_steady and child.grammar is None
         else:
             scored.append((row, child.request, position))
+
+    def make_sampling() -> SamplingBatch:
+        behind = [child for child in children if child.grammar is not None and child.grammar.is_behind]
+        errors = grammars.advance([child.grammar for child in behind if child.grammar is not None])
+        for child, error in zip(behind, errors, strict=True):
+            child.failure = error
+        return _sampling_batch(batch, children)
+
+    is_masked = any(child.grammar is not None for child in children)
+    sampling = None if is_masked else _sampling_batch(batch, children)
     after = before.pending if before is not None and batch.feeds else None
-    pending = runner.submit(batch, sampling, after=after)
+    pending = runner.submit(batch, make_sampling if sampling is None else sampling, after=after)
     return Flight(plan, rows, batch, sampling, pending, is_steady, before is not None, scored)
 
 
@@ -144,7 +159,9 @@ def _sampling_batch(batch: ForwardBatch, children: Sequence[Child]) -> SamplingB
         child = children[index]
         if kind == "sample":
             row = child.sampler.row(position)
-            rows.append(row if child.grammar is None else row._replace(mask=child.grammar.mask))
+            if child.grammar is not None and child.failure is None:
+                row = row._replace(mask=child.grammar.mask)
+            rows.append(row)
         else:
             params, token_ids = child.request.params, child.request.token_ids
             assert params.prompt_logprobs is not None

@@ -1,4 +1,6 @@
-"""The device side of the engine: weights, KV cache and one compiled graph, executed once a step.
+"""The device side of the engine: weights, KV cache and two compiled graphs, each executed once a step.
+
+    submit    upload ── launch forward ── (make the sampling batch, if it is not there) ── launch sampler ──> pending
 
 Knows arrays and devices; knows no requests, no text and no scheduling. Invariant: weights and KV cache stay on the
 device, logits never leave it, and one step moves only the arrays of a `ForwardBatch` and a `SamplingBatch` in and R
@@ -7,6 +9,7 @@ tokens with their log-probabilities out.
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,13 @@ from numpy.typing import NDArray
 
 from mili import runtime_threads
 from mili.batch import ForwardBatch
-from mili.compiler import Target, compiled_step
+from mili.compiler import compiled_step, target_of
 from mili.config import EngineConfig, ModelConfig
 from mili.device_graphs import DecodeGraphs
 from mili.errors import ConfigError
 from mili.memory import LOGIT_ROWS, MemoryPlan, host_memory, plan_memory
 from mili.models.loading import load_weights
-from mili.models.qwen3 import INPUT_NAMES
+from mili.models.qwen3 import FORWARD_INPUTS, SAMPLER_INPUTS
 from mili.models.rope import rope_table
 from mili.ops.attention import kv_cache_shapes
 from mili.sampling import SamplingBatch
@@ -38,8 +41,7 @@ __all__ = ["PendingStep", "Runner", "StepOutput", "device_memory", "resolve_devi
 # All buckets of 1024 requests of 65,536 tokens together need half of this, those with masks a sixth.
 _HOST_POOL_BYTES = 256 << 20
 _SCALARS = ("max_query_len", "max_seq_len")  # which a replay does not need
-_OF_BATCH = tuple(name for name in INPUT_NAMES if hasattr(ForwardBatch, name) and name not in _SCALARS)
-_OF_SAMPLING = tuple(name for name in INPUT_NAMES if hasattr(SamplingBatch, name))
+_ARRAYS = tuple(name for name in FORWARD_INPUTS if name not in _SCALARS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +81,7 @@ class Runner:
     """Owns the device buffers of one model and executes steps on them; use from one thread at a time."""
 
     def __init__(self, folder: Path, model: ModelConfig, engine: EngineConfig) -> None:
-        """Load the checkpoint in `folder` onto the device and compile, or find compiled, its graph.
+        """Load the checkpoint in `folder` onto the device and compile, or find compiled, its graphs.
 
         Raises ConfigError for a device that is not there or memory that does not suffice, WeightError for a bad
         checkpoint.
@@ -93,11 +95,12 @@ class Runner:
         self.num_pages = self.memory.num_pages
         session = InferenceSession(devices=[self.device])
         ahead = None if engine.compiled is None else Path(engine.compiled)
-        target = Target.of(self.device)
+        target = target_of(self.device)
         compiled = compiled_step(session, model, self.dtype, engine.page_size, target, ahead, engine.batch_invariant)
         compiled_at = time.perf_counter()
         self._weights = load_weights(folder, model, self.dtype, self.device)
-        self._model = session.init(compiled, weights_registry=self._weights.registry)
+        self._forward = session.init(compiled.forward, weights_registry=self._weights.registry)
+        self._sampler = session.init(compiled.sampler, weights_registry=self._weights.registry)
         dtype = DType[self.dtype]
         shapes = kv_cache_shapes(
             model.num_hidden_layers,
@@ -115,7 +118,7 @@ class Runner:
         self._landings = None if on_cpu else Landings(self.device, engine.max_num_seqs + LOGIT_ROWS)
         self._graphs: DecodeGraphs | None = None
         if not on_cpu and not engine.enforce_eager:
-            self._graphs = DecodeGraphs(self._model, self.device, self._fixed, engine.page_size)
+            self._graphs = DecodeGraphs(self._forward, self._sampler, self.device, self._fixed, engine.page_size)
         self.startup_seconds = {"compile": compiled_at - started, "load": time.perf_counter() - compiled_at}
 
     @property
@@ -123,39 +126,65 @@ class Runner:
         """Whether `submit` takes `after`: a step's tokens can feed the next one without visiting the host."""
         return self._graphs is not None
 
-    def submit(self, batch: ForwardBatch, sampling: SamplingBatch, after: "PendingStep | None" = None) -> "PendingStep":
+    def submit(
+        self,
+        batch: ForwardBatch,
+        sampling: "SamplingBatch | Callable[[], SamplingBatch]",
+        after: "PendingStep | None" = None,
+    ) -> "PendingStep":
         """Enqueue one step: write the batch's keys and values to the cache, sample one token per row of logits.
 
         On the CPU the step is over when this returns.
 
         Args:
             batch: What to compute; its arrays are read before this returns, and so are those of `sampling`.
-            sampling: How to sample; one row for each of the batch's rows of logits.
+            sampling: How to sample; one row for each of the batch's rows of logits. Or what makes that batch, which is
+                called when the device has all it needs for the rows of logits; what it raises leaves the cache written.
             after: The step submitted last, if `batch.feeds` takes token ids from it, which `looks_ahead` allows.
 
         Returns:
             The step. It cannot be fetched any more once the second one after it is submitted.
         """
-        arrays: dict[str, NDArray[Any]] = {name: getattr(batch, name) for name in _OF_BATCH}
-        arrays |= {name: getattr(sampling, name) for name in _OF_SAMPLING}
-        rows, wanted = len(batch.logit_rows), 5 if sampling.ints[:, 1].max() >= 0 else 1
         with self._threads.working(self, on_cpu=self.device.is_host):
             if self._landings is None:
-                arrays |= {name: getattr(batch, name) for name in _SCALARS}
                 # As buffers, because execute() takes some 0.2 ms to find out what a bare array is.
-                inputs = [Buffer.from_numpy(arrays[name]) for name in INPUT_NAMES]
-                return PendingStep(rows, wanted, self._model.execute(*inputs, *self._fixed))
-            landing = self._landings.next()
-            outputs: list[Buffer] | None = None
-            read = None if after is None else after.outputs[0]
-            if self._graphs is not None:
-                outputs = self._graphs.submit(arrays, self._landings.turn, read, batch.feeds)
-            if outputs is None:
-                arrays |= {name: getattr(batch, name) for name in _SCALARS}
-                inputs = landing.upload(arrays, read, batch.feeds)
-                outputs = self._model.execute(*inputs, *self._fixed)
-            landing.copy(outputs[:wanted], rows)
-            return PendingStep(rows, wanted, outputs, landing, read)
+                inputs = [Buffer.from_numpy(getattr(batch, name)) for name in FORWARD_INPUTS]
+                (hidden,) = self._forward.execute(*inputs, *self._fixed)
+                made = sampling if isinstance(sampling, SamplingBatch) else sampling()
+                inputs = [Buffer.from_numpy(getattr(made, name)) for name in SAMPLER_INPUTS]
+                return PendingStep(len(batch.logit_rows), _wanted(made), self._sampler.execute(hidden, *inputs))
+            return self._enqueue(batch, sampling, after, self._landings)
+
+    def _enqueue(
+        self,
+        batch: ForwardBatch,
+        sampling: "SamplingBatch | Callable[[], SamplingBatch]",
+        after: "PendingStep | None",
+        landings: Landings,
+    ) -> "PendingStep":
+        rows, landing, turn = len(batch.logit_rows), landings.next(), landings.turn
+        tokens = None if after is None else after.outputs[0]
+        arrays: dict[str, NDArray[Any]] = {name: getattr(batch, name) for name in _ARRAYS}
+        known = _sampling_arrays(sampling) if isinstance(sampling, SamplingBatch) else None
+        bucket = None if self._graphs is None else self._graphs.forward(arrays, known, turn, tokens, batch.feeds)
+        if bucket is None:
+            inputs = landing.upload({name: getattr(batch, name) for name in FORWARD_INPUTS}, tokens, batch.feeds)
+            (hidden,) = self._forward.execute(*inputs, *self._fixed)
+        else:
+            hidden = bucket.hidden
+        # --8<-- [start:late]
+        made = sampling if isinstance(sampling, SamplingBatch) else sampling()  # the device is busy with `forward`
+        known = _sampling_arrays(made)
+        # --8<-- [end:late]
+        outputs = None
+        if bucket is not None and self._graphs is not None:
+            outputs = self._graphs.sample(bucket, known, turn)
+        if outputs is None:
+            inputs = landing.upload(known)
+            outputs = self._sampler.execute(hidden[:rows, :], *inputs)
+        wanted = _wanted(made)
+        landing.copy(outputs[:wanted], rows)
+        return PendingStep(rows, wanted, outputs, landing, tokens)
 
     def execute(self, batch: ForwardBatch, sampling: SamplingBatch) -> StepOutput:
         """Run one step and wait for it."""
@@ -171,8 +200,17 @@ class Runner:
         self.device.synchronize()
         if self._graphs:
             self._graphs.close()
-        for name in ("_graphs", "_landings", "_model", "_caches", "_fixed", "_weights"):
+        for name in ("_graphs", "_landings", "_forward", "_sampler", "_caches", "_fixed", "_weights"):
             self.__dict__.pop(name, None)
+
+
+def _sampling_arrays(sampling: SamplingBatch) -> dict[str, NDArray[Any]]:
+    return {name: getattr(sampling, name) for name in SAMPLER_INPUTS}
+
+
+def _wanted(sampling: SamplingBatch) -> int:
+    """How many of the outputs a step's requests ask for: the tokens alone, or all."""
+    return 5 if sampling.ints[:, 1].max() >= 0 else 1
 
 
 def resolve_device(engine: EngineConfig) -> Device:

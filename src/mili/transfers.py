@@ -1,6 +1,6 @@
 """How a step's arrays reach a GPU and its results come back: one copy in, one copy out for each result wanted.
 
-A step's arrays travel as one block of 32-bit words; the graph's inputs are views into it:
+A step's arrays travel as one block of 32-bit words; the graphs' inputs are views into it:
 
     block    | token_ids | pad | positions | pad | slots | pad | ...        each array starts on a 256-byte border
 
@@ -10,7 +10,7 @@ Invariant: everything happens in the order of the device's one queue, and a side
 has gone past the step that used it last.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,13 @@ from max.driver import Buffer, Device, DeviceEvent, Usage
 from max.dtype import DType
 from numpy.typing import NDArray
 
-from mili.models.qwen3 import INPUT_NAMES
-
 __all__ = ["Arrays", "Feeds", "Landing", "Landings", "Layout", "feed", "page_locked"]
 
 Arrays = Mapping[str, NDArray[Any]]
 Feeds = Sequence[tuple[int, int, int]]  # the fields of mili.batch.Feed
 
 _BORDER_WORDS = 64  # 256 bytes: what a fresh allocation would be aligned to
-_LEAST_WORDS = 1 << 16  # of a side's memory for arrays, which grows when a step needs more
+_LEAST_WORDS = 1 << 15  # of a side's memory for each graph's arrays
 _HOST_SCALARS = ("max_query_len", "max_seq_len")
 _FLOATS = ("floats", "edit_values")
 _RESULTS = ((DType.int32, ()), (DType.float32, ()), (DType.int32, ()), (DType.int32, (20,)), (DType.float32, (20,)))
@@ -36,7 +34,7 @@ class Layout:
     """Where each of a step's arrays lies in its block."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """`shapes` are those of all inputs of a step; scalars, which stay on the host, take no room."""
+        """`shapes` are those of a step's arrays in order; scalars, which stay on the host, take no room."""
         self._shapes = shapes
         self.offsets: dict[str, int] = {}  # in words
         self.size = 0  # words of the block
@@ -53,10 +51,10 @@ class Layout:
             found[name] = words.view(np.float32 if name in _FLOATS else np.int32).reshape(self._shapes[name])
         return found
 
-    def inputs(self, block: Buffer, scalars: Mapping[str, int]) -> list[Buffer]:
-        """The graph's inputs in order: views into a block on the device, and host scalars."""
+    def inputs(self, names: Iterable[str], block: Buffer, scalars: Mapping[str, int]) -> list[Buffer]:
+        """The inputs `names` of a graph: views into a block on the device, and host scalars."""
         inputs = []
-        for name in INPUT_NAMES:
+        for name in names:
             if name in _HOST_SCALARS:
                 inputs.append(Buffer.from_numpy(np.array(scalars[name], np.int32)))
                 continue
@@ -83,12 +81,26 @@ def page_locked(dtype: DType, shape: Sequence[int], device: Device) -> tuple[Buf
     return buffer, buffer.to_numpy()
 
 
+class _Staging:
+    """Page-locked memory for one graph's arrays, which grows when a step needs more."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._source, self._host = page_locked(DType.int32, [_LEAST_WORDS], device)
+
+    def room(self, size: int) -> tuple[Buffer, NDArray[np.int32]]:
+        """Its first `size` words, which no step on its way may still read."""
+        if size > len(self._host):
+            self._source, self._host = page_locked(DType.int32, [1 << (size - 1).bit_length()], self._device)
+        return self._source[:size], self._host[:size]
+
+
 class Landing:
     """One side's host memory, for results and for the arrays of steps that are not replayed."""
 
     def __init__(self, device: Device, max_rows: int) -> None:
         self._device = device
-        self._source, self._host = page_locked(DType.int32, [_LEAST_WORDS], device)
+        self._for_forward, self._for_sampler = _Staging(device), _Staging(device)
         pairs = [page_locked(dtype, (max_rows, *shape), device) for dtype, shape in _RESULTS]
         self._buffers = [buffer for buffer, _ in pairs]
         self._arrays = [array for _, array in pairs]
@@ -97,16 +109,20 @@ class Landing:
         self._queue.record_event(self._event)
 
     def upload(self, arrays: Arrays, after: Buffer | None = None, feeds: Feeds = ()) -> list[Buffer]:
-        """Enqueue the copy of a step's arrays to the device, and what `feed` does; returns the graph's inputs."""
-        layout = Layout({name: arrays[name].shape for name in INPUT_NAMES})
-        if layout.size > len(self._host):
-            self._source, self._host = page_locked(DType.int32, [1 << (layout.size - 1).bit_length()], self._device)
-        for name, view in layout.arrays(self._host).items():
+        """Enqueue the copy of a graph's arrays to the device, and what `feed` does; returns the graph's inputs.
+
+        Once a step for each of the two graphs.
+        """
+        staging = self._for_forward if "token_ids" in arrays else self._for_sampler
+        layout = Layout({name: array.shape for name, array in arrays.items()})
+        source, host = staging.room(layout.size)
+        for name, view in layout.arrays(host).items():
             view[...] = arrays[name]
         block = Buffer(DType.int32, [layout.size], self._device)
-        block.inplace_copy_from(self._source[: layout.size])
-        feed(block, layout.offsets["token_ids"], after, feeds)
-        return layout.inputs(block, {name: int(arrays[name]) for name in _HOST_SCALARS})
+        block.inplace_copy_from(source)
+        if feeds:
+            feed(block, layout.offsets["token_ids"], after, feeds)
+        return layout.inputs(arrays, block, {name: int(arrays[name]) for name in _HOST_SCALARS if name in arrays})
 
     def copy(self, outputs: Sequence[Buffer], rows: int) -> None:
         """Enqueue the copies of the first `rows` rows of the outputs, which end the step that uses this side."""

@@ -11,24 +11,27 @@ import mili
 import mili.compiler
 from mili import LLM, ConfigError, ModelConfig, SamplingParams
 from mili.ahead_of_time import compile_ahead
-from mili.compiler import Target, artefact_facts, artefact_path
+from mili.compiler import artefact_facts, artefact_paths, target_of
 from mili.config import EngineConfig
+from mili.step_compiler import Target
 
 FOLDER = Path(mili.__file__).parent / "data" / "tiny-qwen3-code"
 
 
 @pytest.fixture(scope="module")
 def facts():
-    return artefact_facts(ModelConfig.from_pretrained(FOLDER), "bfloat16", 16, Target.of(CPU()))
+    return artefact_facts(ModelConfig.from_pretrained(FOLDER), "bfloat16", 16, target_of(CPU()))
 
 
 @pytest.fixture
 def compiled(facts, tmp_path):
     """What `mili compile` writes, from the cache that the other tests fill."""
-    if not artefact_path(facts).is_file():
+    cached, there = artefact_paths(facts), artefact_paths(facts, tmp_path)
+    if not cached.are_there:
         LLM(dtype="bfloat16").close()
-    shutil.copy(artefact_path(facts), artefact_path(facts, tmp_path))
-    artefact_path(facts, tmp_path).with_suffix(".json").write_text(json.dumps(facts))
+    shutil.copy(cached.forward, there.forward)
+    shutil.copy(cached.sampler, there.sampler)
+    there.note.write_text(json.dumps(facts))
     return tmp_path
 
 
@@ -66,7 +69,7 @@ def test_what_else_it_was_made_for_is_named(compiled, no_compiler, facts, key, n
     made = {**facts, key: {**facts[key], name: value} if isinstance(facts[key], dict) else value}
     for old in compiled.iterdir():
         old.unlink()
-    artefact_path(made, compiled).with_suffix(".json").write_text(json.dumps(made))
+    artefact_paths(made, compiled).note.write_text(json.dumps(made))
     with pytest.raises(ConfigError, match=f"made for {name} {value!r} "):
         LLM(compiled=compiled, dtype="bfloat16")
 
@@ -76,9 +79,9 @@ def test_batch_invariance_asks_a_gpu_for_another_graph_and_the_cpu_for_the_same(
         return artefact_facts(ModelConfig.from_pretrained(FOLDER), "bfloat16", 16, target, batch_invariant)
 
     gpu = Target("gpu", "sm_90a")
-    assert wanted(Target.of(CPU()), True) == facts
+    assert wanted(target_of(CPU()), True) == facts
     assert wanted(gpu, True)["batch_invariant"]
-    assert artefact_path(wanted(gpu, True)) != artefact_path(wanted(gpu, False))
+    assert artefact_paths(wanted(gpu, True)) != artefact_paths(wanted(gpu, False))
 
 
 def test_an_empty_missing_or_damaged_folder_is_refused(compiled, no_compiler, tmp_path_factory, facts):
@@ -86,8 +89,12 @@ def test_an_empty_missing_or_damaged_folder_is_refused(compiled, no_compiler, tm
         LLM(compiled=tmp_path_factory.mktemp("empty"))
     with pytest.raises(ConfigError, match="must be a folder"):
         LLM(compiled=compiled / "nowhere")
-    artefact_path(facts, compiled).write_bytes(b"not a graph")
-    with pytest.raises(ConfigError, match="is not readable: compile it again"):
+    paths = artefact_paths(facts, compiled)
+    paths.sampler.write_bytes(b"not a graph")
+    with pytest.raises(ConfigError, match=r"sampler\.mef is not readable: compile it again"):
+        LLM(compiled=compiled, dtype="bfloat16")
+    paths.sampler.unlink()
+    with pytest.raises(ConfigError, match="only a part of its compiled graphs"):
         LLM(compiled=compiled, dtype="bfloat16")
 
 

@@ -1,10 +1,12 @@
-"""The GPU's side of the runner on the CPU, under a model whose captured graphs are eager calls (bundled model)."""
+"""The GPU's side of the runner on the CPU, under models whose captured graphs are eager calls (bundled model)."""
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from max.dtype import DType
 
 from mili import LLM, SamplingParams, StructuredOutputsParams, device_graphs
 from mili.device_graphs import DecodeGraphs
@@ -26,9 +28,11 @@ class Capturable:
         self._execute, self._device = model.execute, device
         self.captured: dict[int, list] = {}
         self.num_replays = 0
+        self.num_executed = 0  # replays included
 
     def execute(self, *inputs):
         self._device.synchronize()
+        self.num_executed += 1
         return self._execute(*inputs)
 
     def capture(self, key, *inputs):
@@ -38,19 +42,25 @@ class Capturable:
     def replay(self, key, *inputs):
         self.num_replays += 1
         for output, value in zip(self.captured[key], self.execute(*inputs), strict=True):
-            output.to_numpy()[...] = value.to_numpy()
+            bits(output)[...] = bits(value)
 
     def release_captured_graph(self, key):
         del self.captured[key]
+
+
+def bits(buffer):
+    """The array that shares a buffer's memory; NumPy has no bfloat16."""
+    return (buffer.view(DType.uint16, buffer.shape) if buffer.dtype is DType.bfloat16 else buffer).to_numpy()
 
 
 def make_llm(looks_ahead: bool, **options) -> LLM:
     llm = LLM(device="cpu", max_num_seqs=16, **options)
     if looks_ahead:
         runner = llm._loaded.engine._runner
-        runner._model = Capturable(runner._model, runner.device)
+        runner._forward = Capturable(runner._forward, runner.device)
+        runner._sampler = Capturable(runner._sampler, runner.device)
         runner._landings = Landings(runner.device, max_rows=16 + 256)
-        runner._graphs = DecodeGraphs(runner._model, runner.device, runner._fixed, page_size=16)
+        runner._graphs = DecodeGraphs(runner._forward, runner._sampler, runner.device, runner._fixed, page_size=16)
         assert runner.looks_ahead
     return llm
 
@@ -67,12 +77,15 @@ def test_outputs_are_those_of_one_step_at_a_time(params: SamplingParams) -> None
     with make_llm(False) as llm:
         expected = [fingerprint(output) for output in llm.generate(prompts, params, use_tqdm=False)]
     with make_llm(True) as llm:
-        model = llm._loaded.engine._runner._model
+        runner = llm._loaded.engine._runner
+        models = (runner._forward, runner._sampler)
         for _ in range(2):  # the second time from the prefix cache
             assert [fingerprint(o) for o in llm.generate(prompts, params, use_tqdm=False)] == expected
-        assert model.num_replays > 30
-        assert model.captured
-    assert not model.captured
+        for model in models:
+            assert model.num_replays > 30
+            assert model.captured
+    for model in models:
+        assert not model.captured
 
 
 def test_chunks_of_prompts_follow_each_other_and_share_steps_with_tokens_on_their_way() -> None:
@@ -109,13 +122,18 @@ def test_steps_with_masks_are_replayed_too(monkeypatch: pytest.MonkeyPatch) -> N
         runner = llm._loaded.engine._runner
         assert [fingerprint(output) for output in llm.generate(prompts, params, use_tqdm=False)] == expected
         words = -(-llm.model_config.vocab_size // 32)
-        assert {size[2] for size in runner._graphs._buckets} == {0, words}
-        assert runner._model.num_replays > 10
-        assert len({bucket.key for bucket in runner._graphs._buckets.values()}) == len(runner._graphs._buckets)
+        buckets = runner._graphs._buckets.values()
+        masked = [bucket for bucket in buckets if bucket.masks is not None]
+        assert {bucket.masks.layout.size // bucket.hidden.shape[0] >= words for bucket in masked} == {True}
+        assert any(bucket.plain is not None for bucket in buckets)
+        assert runner._sampler.num_replays > 10
+        assert len(runner._sampler.captured) == sum((b.plain is not None) + (b.masked is not None) for b in buckets)
     monkeypatch.setattr(device_graphs, "_MAX_MASK_WORDS", words)
-    with make_llm(True) as llm:  # one row of masks at most: larger batches are executed eagerly
+    with make_llm(True) as llm:  # one row of masks at most: larger batches are sampled eagerly
+        runner = llm._loaded.engine._runner
         assert [fingerprint(output) for output in llm.generate(prompts, params, use_tqdm=False)] == expected
-        assert {size[0] for size in llm._loaded.engine._runner._graphs._buckets if size[2]} <= {1}
+        assert {size[0] for size, bucket in runner._graphs._buckets.items() if bucket.masks is not None} <= {1}
+        assert runner._forward.num_replays > runner._sampler.num_replays
     assert expected[0][0][1].isdigit() and expected[2][0][1] in ("yes", "no")
 
 
@@ -130,6 +148,47 @@ def test_padding_and_old_host_memory_do_not_show() -> None:
         three = [fingerprint(output) for output in llm.generate(prompts[:3], GREEDY, use_tqdm=False)]
         four = [fingerprint(output) for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
         assert (first, three, four) == (expected[0], expected[:3], expected)
-        assert sorted(runner._graphs._buckets) == [(1, 16, 0), (4, 16, 0)]
-        arrays = runner._graphs._buckets[4, 16, 0].arrays[0]
+        assert sorted(runner._graphs._buckets) == [(1, 16), (4, 16)]
+        arrays = runner._graphs._buckets[4, 16].fed.arrays[0]
         np.testing.assert_array_equal(arrays["query_starts"], range(5))
+
+
+def test_rows_with_edits_replay_the_network_and_are_sampled_eagerly() -> None:
+    params = [SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, repetition_penalty=r) for r in (1.0, 1.3)]
+    prompts = [[3, 4, 5], [6, 7]]
+    with make_llm(False) as llm:
+        expected = [fingerprint(output) for output in llm.generate(prompts, params, use_tqdm=False)]
+    with make_llm(True) as llm:
+        runner = llm._loaded.engine._runner
+        assert [fingerprint(output) for output in llm.generate(prompts, params, use_tqdm=False)] == expected
+        assert (runner._forward.num_replays, runner._sampler.num_replays) == (19, 0)
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True], ids=["eager", "captured"])
+def test_masks_are_made_between_the_launch_of_the_network_and_that_of_the_sampler(looks_ahead, monkeypatch) -> None:
+    events: list[str] = []
+
+    def noted(name: str, function):
+        def call(*args, **kwargs):
+            events.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    with make_llm(looks_ahead) as llm:
+        engine = llm._loaded.engine
+        for name, model in (("forward", engine._runner._forward), ("sampler", engine._runner._sampler)):
+            if looks_ahead:
+                model._execute = noted(name, model._execute)
+        if not looks_ahead:
+            for name in ("_forward", "_sampler"):
+                real = getattr(engine._runner, name)
+                monkeypatch.setattr(engine._runner, name, SimpleNamespace(execute=noted(name[1:], real.execute)))
+        monkeypatch.setattr(engine._grammars, "advance", noted("masks", engine._grammars.advance))
+        form = StructuredOutputsParams(regex="[0-9]{6}")
+        (output,) = llm.generate([[5, 6]], SamplingParams(temperature=0, structured_outputs=form), use_tqdm=False)
+    assert output.outputs[0].text.isdigit()
+    assert events[:2] == ["masks", "forward"]  # of the first token: when the request was added
+    once = [event for event, last in zip(events, ["", *events], strict=False) if event != last]  # a capture runs twice
+    steps = len(output.outputs[0].token_ids)
+    assert once[-3 * (steps - 1) :] == ["forward", "masks", "sampler"] * (steps - 1)

@@ -68,7 +68,9 @@ class FakeRunner:
     num_fetched: int = 0  # the number of the step fetched last
     num_follow_ups: int = 0  # steps fed by the one before
     num_ahead: int = 0  # steps submitted before the one before was fetched, or in place of fetching it
+    num_late: int = 0  # steps whose sampling batch was made after their forward pass was begun
     batches: list[ForwardBatch] = field(default_factory=list)
+    samplings: list[SamplingBatch] = field(default_factory=list)
     prefills: list[list[int]] = field(default_factory=list)  # what a request held when several tokens were added to it
 
     def __post_init__(self) -> None:
@@ -78,7 +80,12 @@ class FakeRunner:
         """One step, waited for."""
         return self.submit(batch, sampling).fetch()
 
-    def submit(self, batch: ForwardBatch, sampling: SamplingBatch, after: FakePending | None = None) -> FakePending:
+    def submit(
+        self,
+        batch: ForwardBatch,
+        sampling: SamplingBatch | Callable[[], SamplingBatch],
+        after: FakePending | None = None,
+    ) -> FakePending:
         """One step, computed at once as a device does in order of submission, and told when it is fetched.
 
         Checks on the way that no slot is written twice, and the scratch page by padding only.
@@ -108,6 +115,10 @@ class FakeRunner:
         assert len(set(slots.tolist())) == len(slots), "two tokens are written to one slot"
         assert slots.min() >= self.page_size, "a token is written to the scratch page"
         self.held[batch.slots] = batch.token_ids
+        if not isinstance(sampling, SamplingBatch):
+            self.num_late += 1
+            sampling = sampling()
+        self.samplings.append(sampling)
         failed = self.num_steps in self.fail_at
         return FakePending(self.num_steps, self, None if failed else self._compute(batch, sampling))
 

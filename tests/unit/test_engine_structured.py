@@ -112,15 +112,21 @@ def test_reasoning_is_free_and_the_answer_is_bound():
 
 def test_a_mask_is_part_of_the_rows_that_have_a_form_only():
     engine = make_engine(runner := FakeRunner())
-    seen = []
-    submit = runner.submit
-    runner.submit = lambda batch, sampling, **options: (seen.append(sampling), submit(batch, sampling, **options))[1]
     engine.add([1], greedy(max_tokens=2))
     engine.add([2], choosing(seed=1))
     engine.add([3] * 20, SamplingParams(prompt_logprobs=0, max_tokens=2, structured_outputs=form(regex="[ab]*")))
     run(engine)
+    seen = runner.samplings
     assert seen[0].ints[:, 6].tolist() == [-1, 0, *[-1] * 19, 1]
     assert seen[0].masks.shape == (2, 8192 // 32)
+
+
+def test_only_steps_with_a_form_are_sampled_from_what_is_made_late():
+    engine = make_engine(runner := FakeRunner(looks_ahead=True))
+    generate(engine, [1], greedy(max_tokens=5, ignore_eos=True))
+    assert (runner.num_steps, runner.num_late) == (5, 0)
+    output = generate(engine, [2], choosing(seed=1))
+    assert runner.num_late == len(output.outputs[0].token_ids) == runner.num_steps - 5
 
 
 # --- refusals and faults ---
@@ -195,6 +201,20 @@ def test_a_fault_in_filling_masks_takes_down_those_that_wait_for_one(monkeypatch
         with pytest.raises(ZeroDivisionError):
             engine.take(request_id)
     assert list(run(engine)) == [other]
+    assert generate(engine, [1], choosing(seed=1)).text in CHOICES
+
+
+def test_a_fault_of_all_masks_ends_the_step_and_nothing_else(monkeypatch):
+    engine = make_engine()
+    ids = [engine.add([1], choosing(seed=1)), engine.add([2], greedy(max_tokens=4, ignore_eos=True))]
+    engine.step()
+    monkeypatch.setattr(engine._grammars, "advance", lambda states: 1 / 0)
+    assert engine.step()[:2] == ([], ids)
+    monkeypatch.undo()
+    for request_id in ids:
+        with pytest.raises(ZeroDivisionError):
+            engine.take(request_id)
+    check_idle(engine)
     assert generate(engine, [1], choosing(seed=1)).text in CHOICES
 
 

@@ -1,12 +1,15 @@
-"""The Qwen3 dense network as one graph: forward pass, LM head and sampling of a ragged batch.
+"""The Qwen3 dense network of a ragged batch as two graphs: `forward` up to the last norm, `sampler` from there.
 
 Attribute and weight names spell exactly like checkpoint keys; fused weights are named for what they fuse. Knows the
 network and the order of a step's inputs; knows no files, no requests and no device memory. Invariant: every dim that
-changes from step to step is symbolic, so one compiled graph serves prefill, decode and any mix, and the layers are
-calls of one subgraph, so compile time does not grow with depth.
+changes from step to step is symbolic, so the same compiled graphs serve prefill, decode and any mix, and the layers are
+calls of one subgraph, so compile time does not grow with depth. There are two because what a step samples with may be
+made while `forward` runs, and to compile them side by side; R rows of H numbers are the least that can lie between.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from max.dtype import DType
 from max.graph import BufferType, BufferValue, DeviceRef, Graph, TensorType, TensorValue, ops
@@ -20,10 +23,11 @@ from mili.ops.norm import add_rms_norm_rows
 from mili.ops.norm_linear import norm_linear, norm_linear_silu_mul
 from mili.ops.sampling import sample
 
-__all__ = ["INPUT_NAMES", "WeightSpec", "build_graph", "weight_specs"]
+__all__ = ["FORWARD_INPUTS", "SAMPLER_INPUTS", "WeightSpec", "build_forward", "build_sampler", "weight_specs"]
 
-# The step's arrays in the order of the graph's inputs; the caches and the rotary table follow them.
-INPUT_NAMES = (
+# The arrays of a step in the order of the graphs' inputs. Rotary table and caches follow those of `forward`; the rows
+# that it makes precede those of `sampler`.
+FORWARD_INPUTS = (
     "token_ids",
     "positions",
     "slots",
@@ -31,15 +35,10 @@ INPUT_NAMES = (
     "seq_lens",
     "page_table",
     "logit_rows",
-    "floats",
-    "ints",
-    "edit_starts",
-    "edit_ids",
-    "edit_values",
-    "masks",
     "max_query_len",
     "max_seq_len",
 )
+SAMPLER_INPUTS = ("floats", "ints", "edit_starts", "edit_ids", "edit_values", "masks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,26 +107,25 @@ class _Step:
         return [getattr(self, name) for name in _Step.__slots__]
 
 
-def build_graph(
-    config: ModelConfig, dtype: DType, page_size: int, device: DeviceRef, batch_invariant: bool = False
+def build_forward(
+    config: ModelConfig,
+    dtype: DType,
+    page_size: int,
+    device: DeviceRef,
+    batch_invariant: bool = False,
+    kernels: Path | None = None,
 ) -> Graph:
-    """Build the graph of one step.
+    """Build the graph from token ids to the rows that logits are wanted of.
 
-    Inputs, in order: `INPUT_NAMES` (T tokens, B requests, P pages of the longest table, R logit rows, E logit edits,
-    G masks of W words), cos_sin [M, D] float32, k_cache and v_cache (see `kv_cache_shapes`, written in place).
-    Outputs: token_ids [R] int32, logprobs [R] float32, ranks [R] int32, top_ids [R, 20] int32, top_logprobs [R, 20]
-    float32. Weights are external, named as in `weight_specs`. With `batch_invariant` a request's outputs have the same
-    bits in whatever batch and chunks; on the CPU they always do.
+    Inputs, in order: `FORWARD_INPUTS` (T tokens, B requests, P pages of the longest table, R logit rows), cos_sin
+    [M, D] float32, k_cache and v_cache (see `kv_cache_shapes`, written in place). Output: hidden [R, H] of `dtype`,
+    after the last norm. Weights are external, named as in `weight_specs`. With `batch_invariant` a request's outputs
+    have the same bits in whatever batch and chunks; on the CPU they always do. `kernels` are ours, precompiled.
     """
-    on_cpu = device.is_cpu()
-    i32, f32 = DType.int32, DType.float32
-
-    def tensor(dtype: DType, *shape: int | str) -> TensorType:
-        return TensorType(dtype, list(shape), device)
-
+    i32, f32, tensor = DType.int32, DType.float32, _tensor_types(device)
     scalar = TensorType(i32, [], DeviceRef.CPU())
     shapes = kv_cache_shapes(
-        config.num_hidden_layers, "pages", config.num_key_value_heads, page_size, config.head_dim, on_cpu
+        config.num_hidden_layers, "pages", config.num_key_value_heads, page_size, config.head_dim, device.is_cpu()
     )
     types: dict[str, TensorType | BufferType] = {
         "token_ids": tensor(i32, "T"),
@@ -137,20 +135,14 @@ def build_graph(
         "seq_lens": tensor(i32, "B"),
         "page_table": tensor(i32, "B", "P"),
         "logit_rows": tensor(i32, "R"),
-        "floats": tensor(f32, "R", 3),
-        "ints": tensor(i32, "R", 7),
-        "edit_starts": tensor(i32, "R_plus_1"),
-        "edit_ids": tensor(i32, "E"),
-        "edit_values": tensor(f32, "E", 3),
-        "masks": tensor(i32, "G", "W"),
         "max_query_len": scalar,
         "max_seq_len": scalar,
         "cos_sin": tensor(f32, "M", config.head_dim),
         "k_cache": BufferType(dtype, shapes[0], device),
         "v_cache": BufferType(dtype, shapes[1], device),
     }
-    assert tuple(types)[: len(INPUT_NAMES)] == INPUT_NAMES
-    with Graph("qwen3", input_types=types.values(), custom_extensions=[kernels_path()]) as graph:
+    assert tuple(types)[: len(FORWARD_INPUTS)] == FORWARD_INPUTS
+    with Graph("forward", input_types=types.values(), custom_extensions=[kernels or kernels_path()]) as graph:
         given = {
             name: value.buffer if isinstance(types[name], BufferType) else value.tensor
             for name, value in zip(types, graph.inputs, strict=True)
@@ -169,12 +161,35 @@ def build_graph(
         # --8<-- [end:calls]
         norm = _weight("model.norm.weight", (config.hidden_size,), dtype, device)
         last = add_rms_norm_rows(x, residual, _tensor(given["logit_rows"]), norm, config.rms_norm_eps)
-        head = table
-        if not config.tie_word_embeddings:
-            head = _weight("lm_head.weight", (config.vocab_size, config.hidden_size), dtype, device)
-        logits = linear(last, head, config.vocab_size, out_dtype=f32, batch_invariant=batch_invariant)
-        sampling = ("floats", "ints", "edit_starts", "edit_ids", "edit_values", "masks")
-        graph.output(*sample(logits, *(_tensor(given[name]) for name in sampling)))
+        graph.output(last)
+    return graph
+
+
+def build_sampler(
+    config: ModelConfig, dtype: DType, device: DeviceRef, batch_invariant: bool = False, kernels: Path | None = None
+) -> Graph:
+    """Build the graph from hidden rows to tokens.
+
+    Inputs, in order: hidden [R, H] of `dtype` from `forward`, `SAMPLER_INPUTS` (E logit edits, G masks of W words).
+    Outputs: those of `Sampled`. The embedding is bound once more if it is the LM head as well.
+    """
+    i32, f32, tensor = DType.int32, DType.float32, _tensor_types(device)
+    types = {
+        "hidden": tensor(dtype, "R", config.hidden_size),
+        "floats": tensor(f32, "R", 3),
+        "ints": tensor(i32, "R", 7),
+        "edit_starts": tensor(i32, "R_plus_1"),
+        "edit_ids": tensor(i32, "E"),
+        "edit_values": tensor(f32, "E", 3),
+        "masks": tensor(i32, "G", "W"),
+    }
+    assert tuple(types)[1:] == SAMPLER_INPUTS
+    with Graph("sampler", input_types=types.values(), custom_extensions=[kernels or kernels_path()]) as graph:
+        hidden, *sampling = (value.tensor for value in graph.inputs)
+        name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        head = _weight(name, (config.vocab_size, config.hidden_size), dtype, device)
+        logits = linear(hidden, head, config.vocab_size, out_dtype=f32, batch_invariant=batch_invariant)
+        graph.output(*sample(logits, *sampling))
     return graph
 
 
@@ -191,7 +206,7 @@ def _layer_graph(
     """One decoder layer as a subgraph: (x, residual, layer, step) -> (x, residual)."""
     values = step.values()
     types = [x.type, x.type, layer.type, *(value.type for value in values)]
-    with graph.add_subgraph("qwen3_layer", input_types=types, custom_extensions=[kernels_path()]) as sub:
+    with graph.add_subgraph("qwen3_layer", input_types=types, custom_extensions=graph.kernel_libraries_paths) as sub:
         inputs = list(sub.inputs)
         rest = [v.buffer if isinstance(t, BufferType) else v.tensor for v, t in zip(inputs[3:], types[3:], strict=True)]
         inner = _Step(*rest)  # type: ignore[arg-type]
@@ -274,6 +289,10 @@ def _weight(
     """Declare a weight that is bound when the compiled graph is initialised; matrices are packed on the CPU."""
     stored = linear_weight_shape(*shape, on_cpu=device.is_cpu()) if len(shape) == 2 else list(shape)
     return ops.constant_external(name, TensorType(dtype, stored, device), is_placeholder=placeholder)
+
+
+def _tensor_types(device: DeviceRef) -> Callable[..., TensorType]:
+    return lambda dtype, *shape: TensorType(dtype, list(shape), device)
 
 
 def _tensor(value: TensorValue | BufferValue) -> TensorValue:
