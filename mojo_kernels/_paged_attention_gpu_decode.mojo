@@ -54,7 +54,7 @@ def launch_decode[
         var shared_bytes = WARPS * slots * CHUNK * head_dim * size_of[dtype]()
         shared_bytes += WARPS * heads * (head_dim + 4) * size_of[Float32]()
         comptime if split:
-            shared_bytes += PARTS * heads * (head_dim >> log_blocks) * size_of[Float32]()
+            shared_bytes += PARTS * WARPS * heads * (head_dim >> log_blocks) * size_of[Float32]()
         ctx.enqueue_function[kernel](
             output,
             q,

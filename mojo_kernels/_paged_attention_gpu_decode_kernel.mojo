@@ -19,7 +19,7 @@ Fused:   the kernel takes the rows of the QKV projection. Each block normalises 
 """
 
 from ._paged_attention_gpu_decode_merge import _Sums
-from ._paged_attention_gpu_decode_parts import CHUNK, HEADS, PARTS, THREADS, TILE, WARPS, _Projected
+from ._paged_attention_gpu_decode_parts import CHUNK, HEADS, PARTS, THREADS, TILE, WARPS, _at_heads, _Projected, _tile_of
 from ._paged_attention_gpu_math import LOG2E, VEC, _exp2, _quad_max
 from ._prelude import *
 from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, syncwarp
@@ -31,7 +31,7 @@ from std.utils.static_tuple import StaticTuple
 
 
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))
-@__llvm_metadata(`nvvm.minctasm`=SIMDLength(12 // slots))
+@__llvm_metadata(`nvvm.minctasm`=SIMDLength(min(3, 12 // slots)))
 def _decode_kernel[
     dtype: DType, head_dim: Int, page_size: Int, scale: Float32, slots: Int, split: Bool, fused: Bool
 ](
@@ -103,8 +103,7 @@ def _decode_kernel[
 
     @always_inline
     def tile_of(part: Int32) {imm} -> Int32:
-        """The first tile of a part."""
-        return (part * tiles) >> Int32(log2_floor(PARTS))
+        return _tile_of(part, tiles)
 
     var first_part = (rank << Int32(log2_floor(PARTS))) >> log_blocks
     var last_part = ((rank + 1) << Int32(log2_floor(PARTS))) >> log_blocks
@@ -220,20 +219,11 @@ def _decode_kernel[
     comptime if split:
         cluster_wait()
 
-    @always_inline
-    def at_heads(x: Float32) {imm} -> SIMD[F32, 4]:
-        """Of a number for head lane / 4: those that belong to the elements of a lane's four sums."""
-        var first = warp.shuffle_idx(x, UInt32(lane % 4 * 8))
-        var second = warp.shuffle_idx(x, UInt32(lane % 4 * 8 + 4))
-        return SIMD[F32, 4](first, second, first, second)
-
     var slot = 0
     for part in range(first_part, last_part):
         var part_end = min(tile_of(part + 1) * Int32(TILE), seq_len)
-        var is_empty = tile_of(part) == tile_of(part + 1)
-        comptime if not split:
-            if is_empty:
-                continue
+        if tile_of(part) == tile_of(part + 1):
+            continue
         var o = Array[SIMD[F32, 4], O_TILES](fill=0)
         var m = Float32.MIN_FINITE
         var l = Float32(0)
@@ -265,7 +255,7 @@ def _decode_kernel[
             comptime for i in range(4):
                 p[i] = _exp2(scores[i] - m)
             l = l.fma(fade, p.reduce_add())
-            var fades = at_heads(fade)
+            var fades = _at_heads(fade)
             var p_frag = p.cast[dtype]()
             async_copy_wait_group(Int32(slots - 1))
             put_new(1, slot)
@@ -280,10 +270,6 @@ def _decode_kernel[
             fetch[slots % 2 == 0](slot)
             slot = slot + 1 if slot + 1 < slots else 0
             key += Int32(TILE)
-        if part > first_part:
-            barrier()  # all have read the part before
-        sums.put_warp(warp_index, lane, o, m, l)
-        barrier()
-        sums.add_warps(part, is_empty, num_blocks)
+        sums.add_part(part, o, m, l, num_blocks)
 
-    sums.store(output, first_row, rank)
+    sums.store(output, first_row, rank, tiles)

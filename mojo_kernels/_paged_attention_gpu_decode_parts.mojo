@@ -3,6 +3,7 @@
 from ._norm_rope_gpu import PAIRS, load_pairs, norm_rope
 from ._paged_attention_gpu_math import VEC
 from ._prelude import *
+from std.bit import log2_floor
 
 comptime WARPS = 4
 comptime THREADS = WARPS * 32
@@ -10,6 +11,20 @@ comptime CHUNK = 16  # keys of one warp at a time: the k of one mma for p v
 comptime TILE = WARPS * CHUNK
 comptime HEADS = 8  # query heads per block: the rows of an mma that are used
 comptime PARTS = 8  # of the tiles of a request; at most so many blocks, and 8 is the most that every device grants a cluster
+
+
+@always_inline
+def _tile_of(part: Int32, tiles: Int32) -> Int32:
+    """The first tile of a part."""
+    return (part * tiles) >> Int32(log2_floor(PARTS))
+
+
+@always_inline
+def _at_heads(x: Float32) -> SIMD[F32, 4]:
+    """Of a number for head lane / 4: those that belong to the elements of a lane's four sums."""
+    var first = warp.shuffle_idx(x, UInt32(lane_id() % 4 * 8))
+    var second = warp.shuffle_idx(x, UInt32(lane_id() % 4 * 8 + 4))
+    return SIMD[F32, 4](first, second, first, second)
 
 
 struct _Projected[dtype: DType, head_dim: Int, fused: Bool](TrivialRegisterPassable):
