@@ -1,28 +1,33 @@
 """How the decode kernel adds up: for each warp of a block the parts of a request in order, then the warps.
 
 In a lone block a warp adds its parts as they come, in registers, and the warps meet once, at the end. In a cluster each warp sends
-its sum of a part, a share of the dims to every block, into that block's inbox, and after one cluster barrier each block adds up its
-share. Both ways add the same numbers in the same order. Knows shared memory and sums; no keys, pages or queries.
+its sum of a part, a share of the dims to every block, into that block's inbox; an mbarrier there counts the bytes, and when all are
+in, the block adds up its share. Both ways add the same numbers in the same order. Knows shared memory and sums; no keys, pages or
+queries.
 """
 
 from ._paged_attention_gpu_decode_parts import HEADS, PARTS, THREADS, WARPS, _at_heads, _tile_of
 from ._paged_attention_gpu_math import _exp2, _inverse, _push, _push_pair, _quad_max, _quad_sum
 from ._prelude import *
+from layout.tma_async import SharedMemBarrier
 from max.gpu import syncwarp
-from max.gpu.primitives.cluster import cluster_arrive, cluster_wait
+from max.gpu.memory import fence_mbarrier_init
+from max.gpu.primitives.cluster import cluster_arrive_relaxed
 from std.bit import log2_floor
 
 
 struct _Sums[head_dim: Int, split: Bool]:
-    """A warp's sums over the parts so far, in the registers' order of the product p v, and the room in which warps and blocks meet."""
+    """A warp's sums over the parts so far, as the product p v leaves them, and the room in which warps and blocks meet."""
 
     comptime HEAD_VECS = Self.head_dim // 4
     comptime O_TILES = Self.head_dim // 16
     comptime LD = Self.head_dim + 4  # padded: the stores of a warp fall into different banks
     comptime Rows = Array[SIMD[F32, 4], Self.O_TILES]
     comptime Floats = MutPointer[Float32, MutUntrackedOrigin, address_space=AddressSpace.SHARED]
+    comptime Barrier = MutPointer[SharedMemBarrier, MutUntrackedOrigin, address_space=AddressSpace.SHARED]
 
     var heads: Int
+    var warp: Int  # the calling warp's number
     var rows: Self.Floats  # [warp, head, LD]
     var rows_ml: Self.Floats  # m and l of [warp, head]
     var total: Self.Rows
@@ -32,11 +37,13 @@ struct _Sums[head_dim: Int, split: Bool]:
     var share: Int  # vectors of 4 dims that a block of the cluster adds up
     var inbox: Self.Floats  # [part, warp, head, its share of the dims]
     var inbox_ml: Self.Floats  # m and l of [part, warp, head]
+    var landed: Self.Barrier  # counts the bytes that come in
 
     @always_inline
-    def __init__(out self, memory: Self.Floats, heads: Int, log_blocks: Int32):
+    def __init__(out self, memory: Self.Floats, warp_index: Int, heads: Int, log_blocks: Int32):
         """`memory` is shared, with room for the sums of all warps and, in a cluster, the inbox."""
         self.heads = heads
+        self.warp = warp_index
         self.rows = memory
         self.rows_ml = unsafe_stack_allocation[WARPS * HEADS * 2, Float32, alignment=16, address_space=AddressSpace.SHARED]()
         self.total = Self.Rows(fill=0)
@@ -48,6 +55,17 @@ struct _Sums[head_dim: Int, split: Bool]:
         self.inbox_ml = unsafe_stack_allocation[
             PARTS * WARPS * HEADS * 2 if Self.split else 2, Float32, alignment=16, address_space=AddressSpace.SHARED
         ]()
+        self.landed = unsafe_stack_allocation[1, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
+
+    @always_inline
+    def expect(self, tiles: Int32):
+        """Readies the inbox for the parts that have tiles, then says to the cluster that this block runs; all threads call it."""
+        if thread_idx.x == 0:
+            self.landed[].init(1)
+            fence_mbarrier_init()
+            var sent = self.heads * (self.share * 16 + 8) * WARPS
+            self.landed[].expect_bytes(min(tiles, Int32(PARTS)) * Int32(sent))
+        cluster_arrive_relaxed()
 
     @always_inline
     def _put(self, o: Self.Rows):
@@ -55,7 +73,7 @@ struct _Sums[head_dim: Int, split: Bool]:
         comptime for h in range(2):
             var head = lane_id() % 4 * 2 + h
             if head < self.heads:
-                var to = (warp_id() * self.heads + head) * Self.LD + lane_id() // 4
+                var to = (self.warp * self.heads + head) * Self.LD + lane_id() // 4
                 comptime for i in range(Self.O_TILES):
                     self.rows[unsafe_offset=to + i * 16] = o[i][h]
                     self.rows[unsafe_offset=to + i * 16 + 8] = o[i][h + 2]
@@ -73,61 +91,60 @@ struct _Sums[head_dim: Int, split: Bool]:
             comptime for i in range(Self.O_TILES):
                 self.total[i] = self.total[i].fma(fades, o[i] * gains)
         else:
+            var landed = Int32(Int(self.landed))
             syncwarp()  # all lanes have read the part before
             self._put(o)
-            var box = (Int(part) * WARPS + warp_id()) * self.heads
+            var box = (Int(part) * WARPS + self.warp) * self.heads
             if lane // 4 < self.heads:
                 var to = Int32(Int(self.inbox_ml.unsafe_offset((box + lane // 4) * 2)))
                 comptime for i in range(PARTS // 4):
                     if Int32(lane % 4 + i * 4) < num_blocks:
-                        _push_pair(to, Int32(lane % 4 + i * 4), m, l)
+                        _push_pair(to, landed, Int32(lane % 4 + i * 4), m, l)
             syncwarp()
             for i in range(lane, self.heads * Self.HEAD_VECS, WARP_SIZE):
                 var head = i // Self.HEAD_VECS
                 var column = i % Self.HEAD_VECS
-                var at = (warp_id() * self.heads + head) * Self.LD + column * 4
+                var at = (self.warp * self.heads + head) * Self.LD + column * 4
                 var to = ((box + head) * self.share + (column & (self.share - 1))) * 4
                 var values = self.rows.unsafe_load[width=4, alignment=16](at)
-                _push(Int32(Int(self.inbox.unsafe_offset(to))), Int32(column) >> self.log_share, values)
+                _push(Int32(Int(self.inbox.unsafe_offset(to))), landed, Int32(column) >> self.log_share, values)
 
     @always_inline
     def store[dtype: DType](mut self, output: Ptr[dtype], first_row: Int, rank: Int32, tiles: Int32):
-        """Adds up the warps and writes the heads' rows [heads, head_dim], from element `first_row` on; in a cluster its share of each.
-        """
+        """Adds up the warps and writes the heads' rows [heads, head_dim], in a cluster a share of each, from `first_row` on."""
         comptime if Self.split:
-            cluster_arrive()
-            cluster_wait()
+            self.landed[].wait(0)
         else:
             self._put(self.total)
             if lane_id() % 4 == 0:
-                var to = (warp_id() * HEADS + lane_id() // 4) * 2
+                var to = (self.warp * HEADS + lane_id() // 4) * 2
                 self.rows_ml.unsafe_store[alignment=8](to, SIMD[F32, 2](self.total_m, self.total_l))
             barrier()
         # Four neighbouring lanes have the same 4 dims of a head, each those of one warp.
-        var share = self.share if Self.split else Self.HEAD_VECS
-        var count = self.heads * share * WARPS
-        var i = thread_idx.x
-        while i - lane_id() < count:
-            var w = i % WARPS
-            var vector = min(i, count - 1) // WARPS
-            var head = vector // share
-            var column = vector % share
+        var log_share = self.log_share if Self.split else Int32(log2_floor(Self.HEAD_VECS))
+        var count = Int32(self.heads * WARPS) << log_share
+        var i = Int32(thread_idx.x)
+        var w = lane_id() % WARPS
+        while i - Int32(lane_id()) < count:
+            var vector = min(i, count - 1) // Int32(WARPS)
+            var head = Int(vector >> log_share)
+            var column = Int(vector & ((Int32(1) << log_share) - 1))
             var acc = SIMD[F32, 4](0)
             var m = Float32.MIN_FINITE
             var l = Float32(0)
-            # --8<-- [start:merge]
             comptime if Self.split:
+                # --8<-- [start:merge]
                 comptime for part in range(PARTS):
                     var box = (part * WARPS + w) * self.heads + head
                     var ml = self.inbox_ml.unsafe_load[width=2, alignment=8](box * 2)
-                    var x = self.inbox.unsafe_load[width=4, alignment=16]((box * share + column) * 4)
+                    var x = self.inbox.unsafe_load[width=4, alignment=16](((box << Int(log_share)) + column) * 4)
                     if _tile_of(Int32(part), tiles) == _tile_of(Int32(part + 1), tiles):  # nobody has sent any
                         ml = SIMD[F32, 2](Float32.MIN_FINITE, 0)
                         x = -0.0  # what changes no sum
                     var fade, gain = _weights(m, ml[0])
                     l = l.fma(fade, ml[1] * gain)
                     acc = acc.fma(SIMD[F32, 4](fade), x * gain)
-            # --8<-- [end:merge]
+                # --8<-- [end:merge]
             else:
                 var ml = self.rows_ml.unsafe_load[width=2, alignment=8]((w * HEADS + head) * 2)
                 m = ml[0]
@@ -140,9 +157,9 @@ struct _Sums[head_dim: Int, split: Bool]:
             if w == 0 and i < count:
                 var to = first_row + head * Self.head_dim + column * 4
                 comptime if Self.split:
-                    to += Int(rank) * share * 4
+                    to += Int(rank << log_share) * 4
                 output.unsafe_store[alignment=8](to, acc.cast[dtype]())
-            i += THREADS
+            i += Int32(THREADS)
 
 
 @always_inline
