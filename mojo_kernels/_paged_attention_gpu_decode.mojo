@@ -6,7 +6,7 @@ from ._prelude import *
 from max.gpu.host import Dim, FuncAttribute
 from std.bit import log2_floor
 
-comptime SPLIT_BLOCKS = 32  # with so many blocks or fewer, a quarter of the multiprocessors, each is split into a cluster
+comptime CHIP = 132  # blocks that get a multiprocessor each on an H100 or H200
 comptime SPLIT_KEYS = 128  # fewer are not worth it
 comptime DEEP_KEYS = 256  # fewer do not fill a deep ring
 
@@ -44,8 +44,13 @@ def launch_decode[
     var heads = min(group, HEADS)
     # Neither choice changes a bit of the result.
     # --8<-- [start:blocks]
-    var is_split = head_tiles * num_kv_heads * num_requests <= SPLIT_BLOCKS and max_seq_len > SPLIT_KEYS
-    var log_blocks = log2_floor(PARTS) if is_split else 0
+    var pairs = head_tiles * num_kv_heads * num_requests
+    var log_blocks = 0
+    if max_seq_len > SPLIT_KEYS:
+        while log_blocks < log2_floor(PARTS) and pairs << (log_blocks + 1) <= CHIP:
+            log_blocks += 1
+        if CHIP // 8 < pairs <= CHIP // 4:  # two small blocks on a multiprocessor are better here than one
+            log_blocks = log2_floor(PARTS)
     # --8<-- [end:blocks]
 
     @always_inline
@@ -54,7 +59,7 @@ def launch_decode[
         var shared_bytes = WARPS * slots * CHUNK * head_dim * size_of[dtype]()
         shared_bytes += WARPS * heads * (head_dim + 4) * size_of[Float32]()
         comptime if split:
-            shared_bytes += PARTS * heads * (head_dim >> log_blocks) * size_of[Float32]()
+            shared_bytes += PARTS * WARPS * heads * (head_dim >> log_blocks) * size_of[Float32]()
         ctx.enqueue_function[kernel](
             output,
             q,
@@ -81,11 +86,24 @@ def launch_decode[
             func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(UInt32(shared_bytes)),
         )
 
-    # A deep ring keeps bytes in flight; a shallow one lets a third block into a multiprocessor, which short requests need more,
-    # and a second one where the sums of eight heads take room too.
-    if is_split:
-        launch[True, 4]()
-    elif heads <= 4 and max_seq_len > DEEP_KEYS:
-        launch[False, 6]()
+    # Alone on its multiprocessor, a block of many keys wants a deep ring, to keep bytes in flight. A shallow one lets a third block
+    # into a multiprocessor, which short requests need more, and a second one where the sums of eight heads take room too.
+    var is_deep = max_seq_len > DEEP_KEYS
+    if log_blocks == 0:
+        comptime if fused:
+            if pairs <= CHIP and is_deep:
+                launch[False, 8]()
+                return
+        if heads <= 4 and is_deep:
+            launch[False, 6]()
+        else:
+            launch[False, 4]()
     else:
-        launch[False, 4]()
+        comptime if fused:
+            if log_blocks == 1 and is_deep:
+                launch[True, 6]()
+                return
+            if pairs << log_blocks > CHIP:
+                launch[True, 2]()
+                return
+        launch[True, 4]()

@@ -1,12 +1,11 @@
 """Decode: attention of one query token per request over a paged KV cache, bound by the speed at which K and V are read.
 
-Work:    a cluster of 1 or 8 blocks (2 and 4 work too) of 4 warps has one request and one KV head with up to 8 query heads.
+Work:    a cluster of 1, 2, 4 or 8 blocks of 4 warps has one request and one KV head with up to 8 query heads.
 Sums:    keys come in tiles of 64; warp w has chunk w of 16 keys of each tile. The tiles of a request are cut into 8 parts. A
-         warp sums its chunks of a part by online softmax, the block adds up its warps in order, and the parts are added up
-         in order: in a lone block as they come; in a cluster each block sends its part, a share of the dims to every block,
-         and each adds up its share. How many blocks there are changes who adds, not what is added: a row has the same bits
-         whatever the batch, and the number of blocks is free to fill the chip.
-         This file makes a warp's sums, `_paged_attention_gpu_decode_merge` adds them up.
+         warp sums its chunks of a part by online softmax; for each warp the parts are added up in order, and then the warps:
+         in a lone block by the warp itself, in registers; in a cluster by the blocks that own the dims. How many blocks there
+         are changes who adds, not what is added: a row has the same bits whatever the batch, and the number of blocks is free
+         to fill the chip. This file makes a warp's sums, `_paged_attention_gpu_decode_merge` adds them up.
 Copies:  a warp fetches its chunks by cp.async into a ring of its own, without a block barrier: K of a chunk, then V, one slot
          each. Keys past the end are zeros there, with weight 0.
 Products: mma.sync m16n8k16, s [heads, keys] = q k^T, the heads as the first 8 of 16 rows, the rest zero; o^T [dims, heads] =
@@ -19,19 +18,19 @@ Fused:   the kernel takes the rows of the QKV projection. Each block normalises 
 """
 
 from ._paged_attention_gpu_decode_merge import _Sums
-from ._paged_attention_gpu_decode_parts import CHUNK, HEADS, PARTS, THREADS, TILE, WARPS, _Projected
+from ._paged_attention_gpu_decode_parts import CHUNK, HEADS, PARTS, THREADS, TILE, WARPS, _at_heads, _Projected, _tile_of
 from ._paged_attention_gpu_math import LOG2E, VEC, _exp2, _quad_max
 from ._prelude import *
 from max.gpu import MAX_THREADS_PER_BLOCK_METADATA, syncwarp
 from max.gpu.compute.mma import ld_matrix, mma
 from max.gpu.memory import async_copy, async_copy_commit_group, async_copy_wait_group, external_memory
-from max.gpu.primitives.cluster import cluster_arrive_relaxed, cluster_wait
+from max.gpu.primitives.cluster import cluster_wait
 from std.bit import log2_floor
 from std.utils.static_tuple import StaticTuple
 
 
 @__llvm_metadata(MAX_THREADS_PER_BLOCK_METADATA=StaticTuple[Int32, 1](THREADS))
-@__llvm_metadata(`nvvm.minctasm`=SIMDLength(12 // slots))
+@__llvm_metadata(`nvvm.minctasm`=SIMDLength(min(3, 12 // slots)))
 def _decode_kernel[
     dtype: DType, head_dim: Int, page_size: Int, scale: Float32, slots: Int, split: Bool, fused: Bool
 ](
@@ -96,15 +95,13 @@ def _decode_kernel[
     if rows != 1:  # the prefill kernel's, or padding
         wait_on_dependent_grids()  # also here: the next kernel takes our end for the end of all before us
         return
-    comptime if split:
-        cluster_arrive_relaxed()  # this block runs: its shared memory may be written to
     # --8<-- [start:parts]
     var tiles = ceildiv(seq_len, Int32(TILE))
 
     @always_inline
     def tile_of(part: Int32) {imm} -> Int32:
-        """The first tile of a part."""
-        return (part * tiles) >> Int32(log2_floor(PARTS))
+        """The first tile of a part: part * tiles / 8."""
+        return _tile_of(part, tiles)
 
     var first_part = (rank << Int32(log2_floor(PARTS))) >> log_blocks
     var last_part = ((rank + 1) << Int32(log2_floor(PARTS))) >> log_blocks
@@ -117,9 +114,16 @@ def _decode_kernel[
         chunk_pages = page_at(key + Int32(lane * TILE))
     var heads = min(HEADS, Int(group - first_head))
     var first_row = Int((token * num_kv_heads + kv_head) * group + first_head) * head_dim
-    var projected = _Projected[dtype, head_dim, fused](heads, position, q_norm, k_norm, cos_sin)
+    var projected = _Projected[dtype, head_dim, fused](
+        heads, position, q_norm, k_norm, cos_sin, token, group, first_head, kv_head, num_kv_heads
+    )
     var smem = external_memory[Scalar[dtype], address_space=AddressSpace.SHARED, alignment=128]()
     var ring = smem.unsafe_offset(warp_index * slots * CHUNK_SIZE)
+    var sums = _Sums[head_dim, split](
+        smem.unsafe_offset(WARPS * slots * CHUNK_SIZE).unsafe_bitcast[Float32](), warp_index, heads, log_blocks
+    )
+    comptime if split:
+        sums.expect(tiles)
     # 16-byte vector c of row r is kept at c ^ (r mod 8), so that the 8 rows of an ldmatrix fall into different banks.
     var copy_row = lane // ROW_VECS
     var copy_vec = lane % ROW_VECS
@@ -170,6 +174,8 @@ def _decode_kernel[
                 wait_on_dependent_grids()
         fetch[slot % 2 == 1](slot)
 
+    comptime if split:
+        cluster_wait()  # all blocks run, and their inboxes are ready
     wait_on_dependent_grids()
     var q_rows = unsafe_stack_allocation[HEADS * Q_LD, Scalar[dtype], alignment=16, address_space=AddressSpace.SHARED]()
     var new_kv = unsafe_stack_allocation[2 * head_dim, Scalar[dtype], alignment=16, address_space=AddressSpace.SHARED]()
@@ -181,8 +187,6 @@ def _decode_kernel[
             q,
             k_layer,
             v_layer,
-            token,
-            group,
             first_head,
             kv_head,
             num_kv_heads,
@@ -214,26 +218,11 @@ def _decode_kernel[
                 var vector = new_kv.unsafe_load[width=VEC, alignment=16](values * head_dim + copy_vec * VEC)
                 ring.unsafe_store[alignment=16](to, vector)
 
-    var sums = _Sums[head_dim, split](
-        smem.unsafe_offset(WARPS * slots * CHUNK_SIZE).unsafe_bitcast[Float32](), heads, log_blocks
-    )
-    comptime if split:
-        cluster_wait()
-
-    @always_inline
-    def at_heads(x: Float32) {imm} -> SIMD[F32, 4]:
-        """Of a number for head lane / 4: those that belong to the elements of a lane's four sums."""
-        var first = warp.shuffle_idx(x, UInt32(lane % 4 * 8))
-        var second = warp.shuffle_idx(x, UInt32(lane % 4 * 8 + 4))
-        return SIMD[F32, 4](first, second, first, second)
-
     var slot = 0
     for part in range(first_part, last_part):
         var part_end = min(tile_of(part + 1) * Int32(TILE), seq_len)
-        var is_empty = tile_of(part) == tile_of(part + 1)
-        comptime if not split:
-            if is_empty:
-                continue
+        if tile_of(part) == tile_of(part + 1):
+            continue
         var o = Array[SIMD[F32, 4], O_TILES](fill=0)
         var m = Float32.MIN_FINITE
         var l = Float32(0)
@@ -265,7 +254,7 @@ def _decode_kernel[
             comptime for i in range(4):
                 p[i] = _exp2(scores[i] - m)
             l = l.fma(fade, p.reduce_add())
-            var fades = at_heads(fade)
+            var fades = _at_heads(fade)
             var p_frag = p.cast[dtype]()
             async_copy_wait_group(Int32(slots - 1))
             put_new(1, slot)
@@ -280,10 +269,6 @@ def _decode_kernel[
             fetch[slots % 2 == 0](slot)
             slot = slot + 1 if slot + 1 < slots else 0
             key += Int32(TILE)
-        if part > first_part:
-            barrier()  # all have read the part before
-        sums.put_warp(warp_index, lane, o, m, l)
-        barrier()
-        sums.add_warps(part, is_empty, num_blocks)
+        sums.add_part(part, o, m, l, num_blocks)
 
-    sums.store(output, first_row, rank)
+    sums.store(output, first_row, rank, tiles)

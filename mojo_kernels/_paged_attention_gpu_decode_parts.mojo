@@ -3,6 +3,7 @@
 from ._norm_rope_gpu import PAIRS, load_pairs, norm_rope
 from ._paged_attention_gpu_math import VEC
 from ._prelude import *
+from std.bit import log2_floor
 
 comptime WARPS = 4
 comptime THREADS = WARPS * 32
@@ -10,6 +11,20 @@ comptime CHUNK = 16  # keys of one warp at a time: the k of one mma for p v
 comptime TILE = WARPS * CHUNK
 comptime HEADS = 8  # query heads per block: the rows of an mma that are used
 comptime PARTS = 8  # of the tiles of a request; at most so many blocks, and 8 is the most that every device grants a cluster
+
+
+@always_inline
+def _tile_of(part: Int32, tiles: Int32) -> Int32:
+    """The first tile of a part."""
+    return (part * tiles) >> Int32(log2_floor(PARTS))
+
+
+@always_inline
+def _at_heads(x: Float32) -> SIMD[F32, 4]:
+    """Of a number for head lane / 4: those that belong to the elements of a lane's four sums."""
+    var first = warp.shuffle_idx(x, UInt32(lane_id() % 4 * 8))
+    var second = warp.shuffle_idx(x, UInt32(lane_id() % 4 * 8 + 4))
+    return SIMD[F32, 4](first, second, first, second)
 
 
 struct _Projected[dtype: DType, head_dim: Int, fused: Bool](TrivialRegisterPassable):
@@ -24,6 +39,7 @@ struct _Projected[dtype: DType, head_dim: Int, fused: Bool](TrivialRegisterPassa
 
     var own: Int
     var at: Int
+    var row: Int  # where in the projection the row's part starts
     var weight_low: SIMD[F32, PAIRS]
     var weight_high: SIMD[F32, PAIRS]
     var c: SIMD[F32, PAIRS]
@@ -31,10 +47,24 @@ struct _Projected[dtype: DType, head_dim: Int, fused: Bool](TrivialRegisterPassa
 
     @always_inline
     def __init__(
-        out self, heads: Int, position: Int32, q_norm: Ptr[Self.dtype], k_norm: Ptr[Self.dtype], cos_sin: Ptr[F32]
+        out self,
+        heads: Int,
+        position: Int32,
+        q_norm: Ptr[Self.dtype],
+        k_norm: Ptr[Self.dtype],
+        cos_sin: Ptr[F32],
+        token: Int32,
+        group: Int32,
+        first_head: Int32,
+        kv_head: Int32,
+        num_kv_heads: Int32,
     ):
         self.own = thread_idx.x // Self.LANES
         self.at = thread_idx.x % Self.LANES * PAIRS
+        var column = kv_head * group + first_head + Int32(self.own)
+        if self.own >= heads:
+            column = num_kv_heads * group + kv_head + (num_kv_heads if self.own > heads else Int32(0))
+        self.row = Int(token * num_kv_heads * (group + 2) + column) * Self.head_dim + self.at
         self.weight_low = 0
         self.weight_high = 0
         self.c = 0
@@ -57,8 +87,6 @@ struct _Projected[dtype: DType, head_dim: Int, fused: Bool](TrivialRegisterPassa
         q: Ptr[Self.dtype],
         k_layer: Ptr[Self.dtype],
         v_layer: Ptr[Self.dtype],
-        token: Int32,
-        group: Int32,
         first_head: Int32,
         kv_head: Int32,
         num_kv_heads: Int32,
@@ -69,10 +97,7 @@ struct _Projected[dtype: DType, head_dim: Int, fused: Bool](TrivialRegisterPassa
     ):
         """Norms and rotates the row into shared memory: q [heads, Q_LD], and where the newest key is [k, v], also to the cache."""
         if warp_index * (WARP_SIZE // Self.LANES) < heads + 2:
-            var column = kv_head * group + first_head + Int32(self.own)
-            if self.own >= heads:
-                column = num_kv_heads * group + kv_head + (num_kv_heads if self.own > heads else Int32(0))
-            var x = q.unsafe_offset(Int(token * num_kv_heads * (group + 2) + column) * Self.head_dim + self.at)
+            var x = q.unsafe_offset(self.row)
             var stored_low = x.unsafe_load[width=VEC, alignment=16](0)
             var stored_high = x.unsafe_load[width=VEC, alignment=16](Self.HALF)
             var low = stored_low.cast[F32]()

@@ -32,22 +32,28 @@ def _inverse(sum: Float32) -> Float32:
 
 
 @always_inline
-def _push(address: Int32, rank: Int32, value: SIMD[F32, 4]):
-    """Stores 16 bytes at a shared-memory address of block `rank` of the cluster."""
+def _push(address: Int32, landed: Int32, rank: Int32, value: SIMD[F32, 4]):
+    """Sends 16 bytes to a shared-memory address of block `rank` of the cluster, and word of them to its mbarrier at `landed`."""
     inlined_assembly[
-        "{ .reg .b32 ra; mapa.shared::cluster.u32 ra, $0, $1; st.shared::cluster.v4.f32 [ra], {$2, $3, $4, $5}; }",
+        (
+            "{ .reg .b32 ra, rb; mapa.shared::cluster.u32 ra, $0, $2; mapa.shared::cluster.u32 rb, $1, $2;"
+            " st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [ra], {$3, $4, $5, $6}, [rb]; }"
+        ),
         NoneType,
-        constraints="r,r,f,f,f,f,~{memory}",
+        constraints="r,r,r,f,f,f,f,~{memory}",
         has_side_effect=True,
-    ](address, rank, value[0], value[1], value[2], value[3])
+    ](address, landed, rank, value[0], value[1], value[2], value[3])
 
 
 @always_inline
-def _push_pair(address: Int32, rank: Int32, first: Float32, second: Float32):
-    """Stores 8 bytes there."""
+def _push_pair(address: Int32, landed: Int32, rank: Int32, first: Float32, second: Float32):
+    """Sends 8 bytes."""
     inlined_assembly[
-        "{ .reg .b32 ra; mapa.shared::cluster.u32 ra, $0, $1; st.shared::cluster.v2.f32 [ra], {$2, $3}; }",
+        (
+            "{ .reg .b32 ra, rb; mapa.shared::cluster.u32 ra, $0, $2; mapa.shared::cluster.u32 rb, $1, $2;"
+            " st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [ra], {$3, $4}, [rb]; }"
+        ),
         NoneType,
-        constraints="r,r,f,f,~{memory}",
+        constraints="r,r,r,f,f,~{memory}",
         has_side_effect=True,
-    ](address, rank, first, second)
+    ](address, landed, rank, first, second)

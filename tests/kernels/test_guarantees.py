@@ -121,6 +121,18 @@ def test_a_request_is_the_same_alone_and_in_a_crowd(cpu_kernels: Kernels, heads:
 
 
 @heads
+def test_a_decoded_row_is_the_same_in_every_crowd(kernels: Kernels, heads: Shape) -> None:
+    """On a GPU the size of the crowd decides how many blocks share a request, and whether they are a cluster."""
+    shape = {**heads, "S": 16, "requests": tuple((length, 1) for length in (700, 1, 64, 130)) * 16}
+    x = inputs(ATTENTION, kernels, shape)
+    crowd = attend(kernels, shape, x)
+    for count in (1, 2, 4, 8, 16, 32):
+        some = {name: x[name][:count] for name in ("q", "page_table", "seq_lens")}
+        some |= {"query_starts": x["query_starts"][: count + 1]}
+        check_same_bits(crowd[:count], attend(kernels, shape, {**x, **some}), f"{count} requests")
+
+
+@heads
 def test_a_prompt_is_the_same_whole_and_in_chunks(cpu_kernels: Kernels, heads: Shape) -> None:
     shape = {**heads, "S": 16, "requests": ((5, 5), (590, 590))}
     x = inputs(ATTENTION, cpu_kernels, shape)
