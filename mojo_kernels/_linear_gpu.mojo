@@ -18,6 +18,7 @@ from ._linear_skinny_gpu import MAX_WARPS, fits_skinny, linear_skinny, skinny_wa
 from ._linear_stream_gpu import fits_held, fits_stream, linear_stream
 from ._linear_stream_kernel_gpu import COPY, DIRECT
 from ._linear_wgmma_gpu import MAX_STAGES, linear_wgmma
+from ._linear_wgmma_store_gpu import PAD, inbox_bytes
 from ._prelude import *
 from .silu_mul import _silu_mul
 
@@ -96,15 +97,24 @@ def _few_tokens[
     """Tiles of 64 rows of w by COLUMNS tokens; splits k when the tiles leave most multiprocessors idle."""
     comptime SMS = ctx.default_device_info.sm_count
     comptime STAGE = (64 + COLUMNS) * 128
+    comptime TILE = COLUMNS * (64 + PAD) * 4
     var tiles = ceildiv(n, 32 if GATED else 64) * ceildiv(m, COLUMNS)
     var k_tiles = ceildiv(k, 64)
+    if tiles > 3 * SMS:
+        # Two blocks a multiprocessor walk over the tiles: the ring fills for the next while one is stored.
+        var stages = min((RING_BYTES // 2 - TILE) // STAGE, MAX_STAGES)
+        linear_wgmma[out_dtype, has_bias, GATED, True, 1, COLUMNS](y, x, w, bias, m, n, k, 1, stages, 2 * SMS, ctx)
+        return
     var split = 1
-    # Clusters of four fill only part of the multiprocessors when each block wants a whole one.
-    while not INVARIANT and split < 4 and 2 * split * tiles <= SMS // split and k_tiles >= max(32, 16 * split):
+    # More than four blocks, or one for nearly each multiprocessor, pay with few tokens only: a share is sent for each.
+    while not INVARIANT and split < 8 and k_tiles >= max(32, 4 * split):
+        if 2 * split * tiles > (SMS if COLUMNS <= 32 else SMS // split):
+            break
         split *= 2
     # One block a multiprocessor gets a ring as deep as fits; otherwise up to three share its memory.
     var blocks = min(ceildiv(tiles * split, SMS), 3)
-    var stages = min(max(RING_BYTES // blocks // STAGE, 4), MAX_STAGES, ceildiv(k_tiles, split))
+    var room = RING_BYTES - (inbox_bytes[COLUMNS, 128](split) if split > 1 else 0)
+    var stages = min(max(room // blocks // STAGE, 4), MAX_STAGES, ceildiv(k_tiles, split))
     linear_wgmma[out_dtype, has_bias, GATED, True, 1, COLUMNS](y, x, w, bias, m, n, k, split, stages, tiles, ctx)
 
 
@@ -128,15 +138,15 @@ def _linear_tiles[
 ](y: Ptr[out_dtype], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
     """Chooses tile and split of the wgmma kernel; n counts the columns of y."""
     comptime SMS = ctx.default_device_info.sm_count
-    if m <= 16:
-        _few_tokens[out_dtype, has_bias, GATED, INVARIANT, 16](y, x, w, bias, m, n, k, ctx)
-    elif m <= 32:
+    if m <= 32:
         _few_tokens[out_dtype, has_bias, GATED, INVARIANT, 32](y, x, w, bias, m, n, k, ctx)
     elif m <= 64:
         _few_tokens[out_dtype, has_bias, GATED, INVARIANT, 64](y, x, w, bias, m, n, k, ctx)
     else:
         var w_rows = 2 * n if GATED else n
         var k_tiles = ceildiv(k, 64)
+
+        comptime SPLITS = out_dtype == BF16 and not (GATED or INVARIANT)
 
         # --8<-- [start:choice]
         @always_inline
@@ -149,7 +159,7 @@ def _linear_tiles[
         var by_256 = nanoseconds[256](690, 2800)
         # Half of k each for the two blocks of a cluster, where that keeps more multiprocessors busy.
         var tiles = ceildiv(m, 128) * ceildiv(w_rows, 128)
-        var split = 2 if not (GATED or INVARIANT) and 2 * tiles <= SMS and k_tiles >= 32 else 1
+        var split = 2 if SPLITS and 2 * tiles <= SMS and k_tiles >= 32 else 1
         if split == 2:
             by_128 = k_tiles // 2 * 372 + 5400
         var best = min(by_128, min(by_192, by_256))
@@ -160,7 +170,11 @@ def _linear_tiles[
         if small <= SMS and k_tiles // parts * 270 + 1200 * parts - 150 < best:
             _few_tokens[out_dtype, has_bias, GATED, INVARIANT, 128](y, x, w, bias, m, n, k, ctx)
         elif best == by_128:
-            linear_wgmma[out_dtype, has_bias, GATED, False, 2, 128](y, x, w, bias, m, n, k, split, 6, SMS, ctx)
+            comptime if SPLITS:
+                if split == 2:
+                    linear_wgmma[out_dtype, has_bias, GATED, True, 2, 128](y, x, w, bias, m, n, k, 2, 5, SMS, ctx)
+                    return
+            linear_wgmma[out_dtype, has_bias, GATED, False, 2, 128](y, x, w, bias, m, n, k, 1, 6, SMS, ctx)
         elif best == by_192:
             _many_tokens[out_dtype, has_bias, GATED, 192](y, x, w, bias, m, n, k, 5, ctx)
         else:

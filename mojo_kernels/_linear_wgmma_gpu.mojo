@@ -1,16 +1,16 @@
 """Tensor-core path of `mili.linear` for Hopper: TMA copies into a ring of shared-memory stages, wgmma out of it.
 
 One warp issues the copies (producer), one or two warpgroups multiply (consumers); two mbarriers a stage say full and
-empty. Operand A supplies the 64 rows a wgmma takes per warpgroup, operand B its 16 to 256 columns. With many tokens A
+empty. Operand A supplies the 64 rows a wgmma takes per warpgroup, operand B its 32 to 256 columns. With many tokens A
 is x and B is w; with few tokens they swap, so that only the tokens are padded. Rows, columns and k past the end are
 zero-filled by the copy engine and guarded at the store. A gated product (`GATED`) puts as many gate rows as up rows of w
 into its tile, from two copies, and stores silu(gate) * up. The blocks of a cluster of SHARE take neighbouring tiles of A
-and the same tile of B, of which each copies its share to all of them. When tiles are fewer than multiprocessors, the blocks of a
-cluster split k: each leaves its partial tile in its own shared memory and sums a share of all of them over
-distributed shared memory, in rank order: results repeat bit for bit.
+and the same tile of B, of which each copies its share to all of them. When swapped tiles are fewer than multiprocessors, the
+blocks of a cluster split k: each sends every other one its share of the partial tile, which that one adds up in rank order,
+so that results repeat bit for bit.
 """
 
-from ._linear_wgmma_store_gpu import PAD, gate, store_partial, store_rows, store_swapped, sum_ranks
+from ._linear_wgmma_store_gpu import PAD, cluster_arrive, cluster_wait, gate, inbox_bytes, store_rows, store_swapped
 from ._prelude import *
 from layout import TileTensor, row_major, stack_allocation
 from layout.coord import Coord, coord
@@ -23,7 +23,6 @@ from max.gpu.intrinsics import warpgroup_reg_alloc, warpgroup_reg_dealloc
 from max.gpu.memory import external_memory, fence_mbarrier_init
 from max.gpu.primitives.grid_controls import PDLLevel, launch_dependent_grids
 from max.gpu.primitives.grid_controls import pdl_launch_attributes, wait_on_dependent_grids
-from max.gpu.sync import named_barrier
 from std.utils.index import Index
 from std.utils.static_tuple import StaticTuple
 
@@ -60,7 +59,6 @@ def _wgmma_kernel[
 ):
     """Blocks walk over tiles of 64*GROUPS rows of A by COLUMNS of B; `split` blocks of a cluster share a tile's k."""
     comptime ROWS = 64 * GROUPS
-    comptime TOKENS = COLUMNS if SWAP else ROWS
     comptime OUTPUTS = ROWS if SWAP else COLUMNS
     comptime A_ELEMS = ROWS * BK
     comptime STAGE_ELEMS = (ROWS + COLUMNS) * BK
@@ -74,6 +72,7 @@ def _wgmma_kernel[
     var smem = external_memory[Scalar[BF16], address_space=AddressSpace.SHARED, alignment=1024]()
     var full = unsafe_stack_allocation[MAX_STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
     var empty = unsafe_stack_allocation[MAX_STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
+    var summands = unsafe_stack_allocation[1, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
     var M = Int(m32)
     var N = Int(n32)
     var split = Int(split32)
@@ -93,12 +92,17 @@ def _wgmma_kernel[
         for s in range(stages):
             full[unsafe_offset=s].init(1)
             empty[unsafe_offset=s].init(Int32(GROUPS * SHARE))
+        summands[].init(1)
         fence_mbarrier_init()
     comptime if SHARE > 1:
         cluster_sync()
     else:
         barrier()
     launch_dependent_grids()
+    if SWAP and split > 1:
+        cluster_arrive()  # the barriers above are ready for the others
+        if thread_idx.x == 0:
+            summands[].expect_bytes(Int32(inbox_bytes[COLUMNS, 128 * GROUPS](split)))
 
     @always_inline
     def origin(tile: Int) {imm} -> Tuple[Int, Int]:
@@ -162,9 +166,8 @@ def _wgmma_kernel[
                         slot = 0
                         turn += 1
                 i = 0
-        if split > 1:
-            cluster_sync()
-            cluster_sync()
+        if SWAP and split > 1:
+            cluster_wait()
         comptime if SHARE > 1:
             cluster_sync()  # blocks of the cluster still copy into this one's ring, and count on its barriers
     else:
@@ -219,31 +222,16 @@ def _wgmma_kernel[
             if k_count > 0:
                 release(before)
             var at = origin(tile)
-            # The halves of a swapped gate meet in shared memory only: there, a block alone is a cluster of one.
-            if split > 1 or (GATED and SWAP):
-                # All copies have landed and been read: the ring becomes the partial tile [TOKENS, OUTPUTS + PAD].
-                named_barrier[Int32(128 * GROUPS)](1)
-                var part = smem.unsafe_bitcast[Float32]()
-                store_partial[SWAP, COLUMNS, OUTPUTS](part, acc, row, column)
-                var token_base = at[1 if SWAP else 0]
-                var output_base = at[0 if SWAP else 1]
-                var tokens = min(TOKENS, M - token_base)
-                if split > 1:
-                    cluster_sync()
-                else:
-                    named_barrier[Int32(128 * GROUPS)](1)
-                comptime for log in range(0 if GATED and SWAP else 1, 4):
-                    if split == 1 << log:
-                        sum_ranks[out_dtype, has_bias, GATED, 1 << log, OUTPUTS, 128 * GROUPS](
-                            y, bias, part, k_rank, tokens, token_base, output_base, N
-                        )
-                if split > 1:
-                    cluster_sync()
+            comptime if SWAP:
+                # Behind a block's only tile the ring is free.
+                var behind = smem.unsafe_offset(stages * STAGE_ELEMS).unsafe_bitcast[Float32]()
+                var free = behind if split == 1 and stride < a_tiles * b_tiles else smem.unsafe_bitcast[Float32]()
+                store_swapped[out_dtype, has_bias, GATED, COLUMNS, OUTPUTS](
+                    y, bias, acc, free, behind, summands, split, k_rank, row, column, at[1], at[0], M, N
+                )
             elif GATED:
                 gate[COLUMNS](acc)
                 store_rows[out_dtype, False, COLUMNS // 2](y, bias, acc, row, column, at[0], at[1], M, N)
-            elif SWAP:
-                store_swapped[out_dtype, has_bias, COLUMNS](y, bias, acc, row, column, at[1], at[0], M, N)
             else:
                 store_rows[out_dtype, has_bias, COLUMNS](y, bias, acc, row, column, at[0], at[1], M, N)
         comptime if SHARE > 1:
@@ -267,11 +255,9 @@ def linear_wgmma[
 ) raises:
     """Launches at most `max_blocks` blocks, or with `split` 2, 4 or 8 a cluster of that many blocks per tile.
 
-    Clusters of SHARE blocks need split 1; a gated and swapped launch a block for each tile. A gated w has 2n rows.
+    Only swapped tiles can be split, and clusters of SHARE blocks need split 1. A gated w has 2n rows.
     """
     comptime ROWS = 64 * GROUPS
-    var part = (COLUMNS * (ROWS + PAD) if SWAP else ROWS * (COLUMNS + PAD)) * 4 if split > 1 or (GATED and SWAP) else 0
-    var smem = max(stages * (ROWS + COLUMNS) * BK * 2, part)
     comptime kernel = _wgmma_kernel[out_dtype, has_bias, GATED, SWAP, GROUPS, COLUMNS, SHARE]
     comptime A_BOX = _A_BOX[GATED, SWAP, GROUPS]
     comptime B_BOX = _B_BOX[GATED, SWAP, COLUMNS, SHARE]
@@ -281,6 +267,12 @@ def linear_wgmma[
     var a_tma = create_tensor_tile[coord[A_BOX, BK], swizzle_mode=SW](ctx, a)
     var b_tma = create_tensor_tile[coord[B_BOX, BK], swizzle_mode=SW](ctx, b)
     var tiles = ceildiv(n if SWAP else m, A_BOX * SHARE) * ceildiv(m if SWAP else n, COLUMNS // (2 if GATED and not SWAP else 1))
+    # Of a swapped tile's own memory: behind the ring when the block goes on to another tile, else instead of it.
+    var ring = stages * (ROWS + COLUMNS) * BK * 2
+    var tile = COLUMNS * (ROWS + PAD) * 4 if SWAP else 0
+    var smem = ring + tile if split == 1 and tiles > max_blocks else max(ring, tile)
+    if split > 1:
+        smem += inbox_bytes[COLUMNS, 128 * GROUPS](split)
     ctx.enqueue_function[kernel](
         a_tma,
         b_tma,

@@ -1,4 +1,4 @@
-"""How a wgmma tile leaves its registers: straight to y, or as a partial tile that the blocks of a cluster sum.
+"""How a wgmma tile leaves its registers: straight to y, by way of shared memory, or as shares that blocks of a cluster add up.
 
 Knows the fragment of a wgmma: of a 64 x COLUMNS tile a thread holds, for every 8 columns j, elements 4j..4j+3: two
 neighbouring columns of its row, then the same two of the row 8 below. `row` and `column` are those of element 0
@@ -8,22 +8,11 @@ within the block's tile.
 from ._prelude import *
 from .silu_mul import _silu_mul
 from layout import TileTensor
+from layout.tma_async import SharedMemBarrier
+from max.gpu.sync import named_barrier
 from std.sys import inlined_assembly
-from std.sys.intrinsics import _RegisterPackType
 
 comptime PAD = 4  # floats between rows of a partial tile: conflict-free writes
-
-
-@always_inline
-def _load_peer(address: UInt32, rank: Int) -> SIMD[F32, 4]:
-    """Loads 16 bytes from the same shared-memory address of another block of the cluster."""
-    var r = inlined_assembly[
-        "{ .reg .b32 ra; mapa.shared::cluster.u32 ra, $4, $5; ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [ra]; }",
-        _RegisterPackType[Float32, Float32, Float32, Float32],
-        constraints="=f,=f,=f,=f,r,r",
-        has_side_effect=True,
-    ](address, UInt32(rank))
-    return SIMD[F32, 4](r[0], r[1], r[2], r[3])
 
 
 @always_inline
@@ -61,83 +50,86 @@ def gate[COLUMNS: Int](acc: TileTensor[mut=True, dtype=F32, address_space=Addres
 
 
 @always_inline
-def sum_ranks[
-    out_dtype: DType, has_bias: Bool, GATED: Bool, SPLIT: Int, OUTPUTS: Int, THREADS: Int
-](
-    y: Ptr[out_dtype],
-    bias: Ptr[BF16],
-    own: MutPointer[Float32, _, address_space=AddressSpace.SHARED],
-    rank: Int,
-    tokens: Int,
-    token_base: Int,
-    output_base: Int,
-    N: Int,
-):
-    """Writes this rank's share of a tile: the sums, in rank order, of the cluster's partial tiles.
-
-    A gated tile holds OUTPUTS / 2 gates and then their up projections: y gets silu(gate) * up.
-    """
-    comptime HALVES = 2 if GATED else 1
-    comptime QUADS = OUTPUTS // HALVES // 4
-    var part = UInt32(Int(own))
-    var begin = tokens * rank // SPLIT
-    var count = tokens * (rank + 1) // SPLIT - begin
-    for i in range(thread_idx.x, count * QUADS, THREADS):
-        var token = begin + i // QUADS
-        var quad = i % QUADS * 4
-        var parts = Array[SIMD[F32, 4], HALVES * SPLIT](fill=0)
-        comptime for h in range(HALVES):  # all in flight before the first is used
-            comptime for r in range(SPLIT):
-                var at = token * (OUTPUTS + PAD) + h * (OUTPUTS // 2) + quad
-                comptime if SPLIT > 1:
-                    parts[h * SPLIT + r] = _load_peer(part + UInt32(at * 4), r)
-                else:
-                    parts[h] = own.unsafe_load[width=4, alignment=16](at)
-        comptime for h in range(HALVES):
-            comptime for r in range(1, SPLIT):
-                parts[h * SPLIT] += parts[h * SPLIT + r]
-        var sum = parts[0]
-        comptime if GATED:
-            sum = _silu_mul[BF16, 4](sum.cast[BF16](), parts[SPLIT].cast[BF16]()).cast[F32]()
-        var output = output_base + quad
-        var yp = y.unsafe_offset((token_base + token) * N + output)
-        comptime if has_bias:
-            comptime for e in range(4):
-                sum[e] += bias[unsafe_offset=min(output + e, N - 1)].cast[F32]()
-        if N % 4 == 0:
-            if output < N:
-                yp.unsafe_store[alignment=8](0, sum.cast[out_dtype]())
-        else:
-            comptime for e in range(4):
-                if output + e < N:
-                    yp[unsafe_offset=e] = sum[e].cast[out_dtype]()
+def cluster_arrive():
+    """Says to the cluster that this warp has come so far, and orders no memory."""
+    inlined_assembly["barrier.cluster.arrive.relaxed.aligned;", NoneType, constraints="", has_side_effect=True]()
 
 
 @always_inline
-def store_partial[
-    SWAP: Bool, COLUMNS: Int, OUTPUTS: Int
+def cluster_wait():
+    """Waits until all warps of the cluster have arrived."""
+    inlined_assembly["barrier.cluster.wait.aligned;", NoneType, constraints="~{memory}", has_side_effect=True]()
+
+
+@always_inline
+def inbox_bytes[COLUMNS: Int, THREADS: Int](split: Int) -> Int:
+    """Bytes that a block with a share gets from the cluster, 16 from each thread for each 8 columns of the share."""
+    return split * max(COLUMNS // 8 // split, 1) * THREADS * 16
+
+
+@always_inline
+def _push[
+    SPLIT: Int, COLUMNS: Int, THREADS: Int
 ](
-    part: MutPointer[Float32, _, address_space=AddressSpace.SHARED],
+    inbox: MutPointer[Float32, _, address_space=AddressSpace.SHARED],
+    arrived: UInt32,
     acc: TileTensor[mut=True, dtype=F32, address_space=AddressSpace.LOCAL, ...],
+    rank: Int,
+):
+    """Sends each block of the cluster its share of a fragment, by columns; the bytes count at its barrier `arrived`."""
+    comptime EACH = max(COLUMNS // 8 // SPLIT, 1)
+    var slot = UInt32(Int(inbox)) + UInt32((rank * EACH * THREADS + thread_idx.x) * 16)
+    comptime for j in range(COLUMNS // 8):
+        inlined_assembly[
+            (
+                "{ .reg .b32 ra, rb; mapa.shared::cluster.u32 ra, $0, $2; mapa.shared::cluster.u32 rb, $1, $2;"
+                " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [ra], {$3, $4, $5, $6}, [rb]; }"
+            ),
+            NoneType,
+            constraints="r,r,r,f,f,f,f",
+            has_side_effect=True,
+        ](
+            slot + UInt32(j % EACH * THREADS * 16),
+            arrived,
+            UInt32(j // EACH),
+            acc[0, 4 * j][0],
+            acc[0, 4 * j + 1][0],
+            acc[0, 4 * j + 2][0],
+            acc[0, 4 * j + 3][0],
+        )
+
+
+@always_inline
+def _sum[
+    SPLIT: Int, COLUMNS: Int, OUTPUTS: Int, THREADS: Int
+](
+    tile: MutPointer[Float32, _, address_space=AddressSpace.SHARED],
+    inbox: MutPointer[Float32, _, address_space=AddressSpace.SHARED],
     row: Int,
     column: Int,
 ):
-    """Writes a fragment to the partial tile [tokens, OUTPUTS + PAD]."""
-    comptime for j in range(COLUMNS // 8):
+    """Adds what the blocks of the cluster sent, in rank order, into the tile [tokens of this block's share, OUTPUTS + PAD]."""
+    comptime EACH = max(COLUMNS // 8 // SPLIT, 1)
+    comptime for g in range(EACH):
+        var sum = inbox.unsafe_load[width=4, alignment=16]((g * THREADS + thread_idx.x) * 4)
+        comptime for r in range(1, SPLIT):
+            sum += inbox.unsafe_load[width=4, alignment=16](((r * EACH + g) * THREADS + thread_idx.x) * 4)
         comptime for e in range(4):
-            comptime if SWAP:
-                part[unsafe_offset=(j * 8 + column + e % 2) * (OUTPUTS + PAD) + row + e // 2 * 8] = acc[0, 4 * j + e][0]
-            else:
-                part[unsafe_offset=(row + e // 2 * 8) * (OUTPUTS + PAD) + j * 8 + column + e % 2] = acc[0, 4 * j + e][0]
+            tile[unsafe_offset=(g * 8 + column + e % 2) * (OUTPUTS + PAD) + row + e // 2 * 8] = sum[e]
 
 
 @always_inline
 def store_swapped[
-    out_dtype: DType, has_bias: Bool, COLUMNS: Int
+    out_dtype: DType, has_bias: Bool, GATED: Bool, COLUMNS: Int, OUTPUTS: Int
 ](
     y: Ptr[out_dtype],
     bias: Ptr[BF16],
     acc: TileTensor[mut=True, dtype=F32, address_space=AddressSpace.LOCAL, ...],
+    tile: MutPointer[Float32, _, address_space=AddressSpace.SHARED],
+    inbox: MutPointer[Float32, _, address_space=AddressSpace.SHARED],
+    arrived: MutPointer[SharedMemBarrier, _, address_space=AddressSpace.SHARED],
+    split: Int,
+    rank: Int,
     row: Int,
     column: Int,
     token_base: Int,
@@ -145,19 +137,61 @@ def store_swapped[
     M: Int,
     N: Int,
 ):
-    """Writes a fragment whose rows are outputs and whose columns are tokens."""
-    # Two rows of A are two outputs; the columns are tokens, this thread's at constant distances from `column`.
-    comptime for half in range(2):
-        var output = output_base + row + half * 8
-        var yp = y.unsafe_offset((token_base + column) * N + output)
-        var left = M - token_base - column if output < N else 0
-        var b = Float32(0)
-        comptime if has_bias:
-            b = bias[unsafe_offset=min(output, N - 1)].cast[F32]()
+    """Writes a fragment whose rows are outputs and whose columns are tokens, or this block's share of the cluster's sum.
+
+    It turns round in shared memory, where also the halves of a gate meet. `tile` may be the ring: it is written when all
+    warps of the block have read their last stage, which a block with a share knows from what its own warps sent it.
+    """
+    comptime THREADS = 2 * OUTPUTS  # a warpgroup for 64 outputs
+    var share = max(COLUMNS // 8 // split, 1) * 8
+    var first_token = token_base + rank * share
+    var tokens = min(share, M - first_token)
+    if split == 1:
+        named_barrier[Int32(THREADS)](1)
         comptime for j in range(COLUMNS // 8):
-            comptime for e in range(2):
-                if j * 8 + e < left:
-                    yp[unsafe_offset=(j * 8 + e) * N] = (acc[0, 4 * j + 2 * half + e][0] + b).cast[out_dtype]()
+            comptime for e in range(4):
+                tile[unsafe_offset=(j * 8 + column + e % 2) * (OUTPUTS + PAD) + row + e // 2 * 8] = acc[0, 4 * j + e][0]
+    else:
+        cluster_wait()  # until all blocks of the cluster have their barriers
+        comptime for log in range(1, 4):
+            comptime SPLIT = 1 << log
+            if split == SPLIT:
+                _push[SPLIT, COLUMNS, THREADS](inbox, UInt32(Int(arrived)), acc, rank)
+                # With less than 8 columns for each some blocks have no share.
+                if rank >= COLUMNS // 8:
+                    return
+                arrived[].wait(0)
+                _sum[SPLIT, COLUMNS, OUTPUTS, THREADS](tile, inbox, row, column)
+    named_barrier[Int32(THREADS)](1)
+    comptime QUADS = OUTPUTS // (2 if GATED else 1) // 4
+    comptime AT_ONCE = 4
+    for start in range(thread_idx.x, tokens * QUADS, THREADS * AT_ONCE):
+        # All in flight before the first is used.
+        var sums = Array[SIMD[F32, 4], AT_ONCE](fill=0)
+        var ups = Array[SIMD[F32, 4], AT_ONCE](fill=0)
+        comptime for u in range(AT_ONCE):
+            var i = start + u * THREADS
+            if i < tokens * QUADS:
+                var at = i // QUADS * (OUTPUTS + PAD) + i % QUADS * 4
+                sums[u] = tile.unsafe_load[width=4, alignment=16](at)
+                comptime if GATED:
+                    ups[u] = tile.unsafe_load[width=4, alignment=16](at + OUTPUTS // 2)
+        comptime for u in range(AT_ONCE):
+            var i = start + u * THREADS
+            var output = output_base + i % QUADS * 4
+            if i < tokens * QUADS and output < N:
+                comptime if GATED:
+                    sums[u] = _silu_mul[BF16, 4](sums[u].cast[BF16](), ups[u].cast[BF16]()).cast[F32]()
+                comptime if has_bias:
+                    comptime for e in range(4):
+                        sums[u][e] += bias[unsafe_offset=min(output + e, N - 1)].cast[F32]()
+                var yp = y.unsafe_offset((first_token + i // QUADS) * N + output)
+                if N % 4 == 0:
+                    yp.unsafe_store[alignment=8](0, sums[u].cast[out_dtype]())
+                else:
+                    comptime for e in range(4):
+                        if output + e < N:
+                            yp[unsafe_offset=e] = sums[u][e].cast[out_dtype]()
 
 
 @always_inline
