@@ -14,7 +14,7 @@ All but the last fetch w before the kernel ahead has finished (programmatic depe
 ahead must not write w. Nothing waits on the host: a device graph may capture it.
 """
 
-from ._linear_skinny_gpu import MAX_WARPS, fits_skinny, linear_skinny, skinny_warps
+from ._linear_skinny_gpu import fits_skinny, linear_skinny
 from ._linear_stream_gpu import fits_held, fits_stream, linear_stream
 from ._linear_stream_kernel_gpu import COPY, DIRECT
 from ._linear_wgmma_gpu import MAX_STAGES, linear_wgmma
@@ -179,11 +179,7 @@ def _linear_bf16[
                 linear_stream[out_dtype, has_bias, DIRECT, False](y, x, x, x, x, w, bias, m, n, k, 0, ctx)
             return
         if fits_skinny(m, n, k):
-            linear_skinny[out_dtype, has_bias, 1, 2, 8](y, x, w, bias, m, n, k, skinny_warps(k), ctx)
-            return
-        if m <= 16 and n * k < 5_000_000:
-            var warps = min(ceildiv(k, 128), MAX_WARPS)
-            linear_skinny[out_dtype, has_bias, 2, 2, 4](y, x, w, bias, m, n, k, warps, ctx)
+            linear_skinny[out_dtype, has_bias](y, x, w, bias, m, n, k, ctx)
             return
     _linear_tiles[out_dtype, has_bias, False, INVARIANT](y, x, w, bias, m, n, k, ctx)
 

@@ -17,7 +17,7 @@ Limits:    those of `linear`; residual_out is not residual, which every thread b
 """
 
 from ._linear_gpu import gated_linear_gpu
-from ._linear_skinny_gpu import fits_skinny
+from ._linear_skinny_gpu import fits_skinny_norm, linear_skinny_norm
 from ._linear_stream_gpu import fits_held, fits_stream, linear_stream
 from ._linear_stream_kernel_gpu import DIRECT, NORM
 from ._prelude import *
@@ -27,8 +27,8 @@ from .silu_mul import _silu_mul_rows
 
 
 @always_inline
-def _stream[
-    has_bias: Bool, INPUT: Int, GATED: Bool, dtype: DType
+def _one_kernel[
+    has_bias: Bool, GATED: Bool, dtype: DType
 ](
     y: Ptr[dtype],
     residual_out: Ptr[dtype],
@@ -42,22 +42,24 @@ def _stream[
     k: Int,
     eps: Float32,
     ctx: DeviceContext,
-) raises:
+) raises -> Bool:
+    """Enqueues norm, product and gate as one kernel where that is the fastest; returns whether it did."""
     comptime P = Ptr[BF16]
-    linear_stream[BF16, has_bias, INPUT, GATED](
-        rebind[P](y),
-        rebind[P](residual_out),
-        rebind[P](x),
-        rebind[P](residual),
-        rebind[P](gain),
-        rebind[P](w),
-        rebind[P](bias),
-        m,
-        n,
-        k,
-        eps,
-        ctx,
-    )
+    var yp = rebind[P](y)
+    var op = rebind[P](residual_out)
+    var xp = rebind[P](x)
+    var rp = rebind[P](residual)
+    var gp = rebind[P](gain)
+    var wp = rebind[P](w)
+    var bp = rebind[P](bias)
+    var rows = 2 * n if GATED else n
+    if fits_stream(m, rows, k) and fits_held(m, k):
+        linear_stream[BF16, has_bias, NORM, GATED](yp, op, xp, rp, gp, wp, bp, m, n, k, eps, ctx)
+    elif fits_skinny_norm(m, rows, k):
+        linear_skinny_norm[has_bias, GATED](yp, op, xp, rp, gp, wp, bp, m, n, k, eps, ctx)
+    else:
+        return False
+    return True
 
 
 @always_inline
@@ -81,8 +83,7 @@ def _norm_linear[
     if m == 0:
         return
     comptime if is_gpu[target]() and dtype == BF16 and not INVARIANT:
-        if fits_stream(m, n, k) and fits_held(m, k):
-            _stream[has_bias, NORM, False](y, residual_out, x, residual, gain, w, bias, m, n, k, eps, ctx)
+        if _one_kernel[has_bias, False](y, residual_out, x, residual, gain, w, bias, m, n, k, eps, ctx):
             return
     _add_rms_norm[target](normed, residual_out, x, residual, gain, m, k, eps, ctx)
     _linear[target, has_bias, INVARIANT](y, normed, w, bias, m, n, k, ctx)
@@ -228,7 +229,7 @@ struct NormLinearSiluMul:
             y: Activations [T, I].
             residual_out: Sum x + residual [T, H].
             normed: Scratch [T, H].
-            gate_up: Scratch [T, 2I]; on the GPU in bfloat16 for as many rows as `_linear_skinny_gpu` takes.
+            gate_up: Scratch [T, 2I]; not used on the GPU in bfloat16, and of any size there.
             x: Output of the previous block [T, H].
             residual: Residual stream [T, H].
             gain: Gain of the norm [H].
@@ -251,17 +252,18 @@ struct NormLinearSiluMul:
         var gp = gain.unsafe_ptr()
         var wp = w.unsafe_ptr()
         comptime if is_gpu[target]() and y.dtype == BF16 and not batch_invariant:
-            if fits_stream(m, 2 * n, k) and fits_held(m, k):
-                _stream[False, NORM, True](yp, op, xp, rp, gp, wp, wp, m, n, k, eps, ctx)
+            if _one_kernel[False, True](yp, op, xp, rp, gp, wp, wp, m, n, k, eps, ctx):
                 return
         _add_rms_norm[target](hp, op, xp, rp, gp, m, k, eps, ctx)
         comptime if is_gpu[target]() and y.dtype == BF16:
             comptime if not batch_invariant:
                 if fits_stream(m, 2 * n, k):
-                    _stream[False, DIRECT, True](yp, op, hp, rp, gp, wp, wp, m, n, k, eps, ctx)
+                    comptime P = Ptr[BF16]
+                    var b = rebind[P](wp)
+                    var h = rebind[P](hp)
+                    linear_stream[BF16, False, DIRECT, True](rebind[P](yp), h, h, h, h, b, b, m, n, k, eps, ctx)
                     return
-            if batch_invariant or not fits_skinny(m, 2 * n, k):
-                gated_linear_gpu[y.dtype, batch_invariant](yp, hp, wp, m, n, k, ctx)
-                return
+            gated_linear_gpu[y.dtype, batch_invariant](yp, hp, wp, m, n, k, ctx)
+            return
         _linear[target, False, batch_invariant](gate_up.unsafe_ptr(), hp, wp, wp, m, 2 * n, k, ctx)
         _silu_mul_rows[target](yp, gate_up.unsafe_ptr(), m, n, ctx)
