@@ -6,18 +6,17 @@ Math:      r = round(x + residual);  h = round(r / sqrt(mean(r^2) + eps) * gain)
 Shapes:    residual_out [T, H] = x [T, H], residual [T, H], gain [H]; normed [T, H] holds h where it is not kept on chip
            norm_linear:          y [T, N], w as for `linear` with N rows, bias [N]
            norm_linear_silu_mul: y [T, I], w as for `linear` with 2I rows; gate_up [T, 2I] holds the products before the
-           SiLU where that is a kernel of its own
+           SiLU where that is a step of its own
 Dtypes:    bfloat16 or float32, as `add_rms_norm`, `linear` and `silu_mul`, whose every rounding is kept
 CPU:       those three, one after the other
 GPU:       up to 4 rows in bfloat16 and a large weight: one kernel that streams w, `_linear_stream_gpu`, the norm inside it too
-           while T H is small (`fits_held`); up to 8 rows and a small weight: as on the CPU; more rows, and with batch_invariant any
-           number: the norm, then `_linear_wgmma_gpu`, for the second op with the SiLU inside. float32: as on the CPU
+           while T H is small (`fits_held`); otherwise the norm, then the product, `_linear_gpu`, for the second op with the SiLU
+           inside. float32: as on the CPU
 Bound:     bytes = (N H + 3 T H + T N) sizeof(dtype); flops = 2 T N H
 Limits:    those of `linear`; residual_out is not residual, which every thread block reads
 """
 
 from ._linear_gpu import gated_linear_gpu
-from ._linear_skinny_gpu import fits_skinny_norm, linear_skinny_norm
 from ._linear_stream_gpu import fits_held, fits_stream, linear_stream
 from ._linear_stream_kernel_gpu import DIRECT, NORM
 from ._prelude import *
@@ -27,8 +26,8 @@ from .silu_mul import _silu_mul_rows
 
 
 @always_inline
-def _one_kernel[
-    has_bias: Bool, GATED: Bool, dtype: DType
+def _stream[
+    has_bias: Bool, INPUT: Int, GATED: Bool, dtype: DType
 ](
     y: Ptr[dtype],
     residual_out: Ptr[dtype],
@@ -42,24 +41,22 @@ def _one_kernel[
     k: Int,
     eps: Float32,
     ctx: DeviceContext,
-) raises -> Bool:
-    """Enqueues norm, product and gate as one kernel where that is the fastest; returns whether it did."""
+) raises:
     comptime P = Ptr[BF16]
-    var yp = rebind[P](y)
-    var op = rebind[P](residual_out)
-    var xp = rebind[P](x)
-    var rp = rebind[P](residual)
-    var gp = rebind[P](gain)
-    var wp = rebind[P](w)
-    var bp = rebind[P](bias)
-    var rows = 2 * n if GATED else n
-    if fits_stream(m, rows, k) and fits_held(m, k):
-        linear_stream[BF16, has_bias, NORM, GATED](yp, op, xp, rp, gp, wp, bp, m, n, k, eps, ctx)
-    elif fits_skinny_norm(m, rows, k):
-        linear_skinny_norm[has_bias, GATED](yp, op, xp, rp, gp, wp, bp, m, n, k, eps, ctx)
-    else:
-        return False
-    return True
+    linear_stream[BF16, has_bias, INPUT, GATED](
+        rebind[P](y),
+        rebind[P](residual_out),
+        rebind[P](x),
+        rebind[P](residual),
+        rebind[P](gain),
+        rebind[P](w),
+        rebind[P](bias),
+        m,
+        n,
+        k,
+        eps,
+        ctx,
+    )
 
 
 @always_inline
@@ -83,7 +80,8 @@ def _norm_linear[
     if m == 0:
         return
     comptime if is_gpu[target]() and dtype == BF16 and not INVARIANT:
-        if _one_kernel[has_bias, False](y, residual_out, x, residual, gain, w, bias, m, n, k, eps, ctx):
+        if fits_stream(m, n, k) and fits_held(m, k):
+            _stream[has_bias, NORM, False](y, residual_out, x, residual, gain, w, bias, m, n, k, eps, ctx)
             return
     _add_rms_norm[target](normed, residual_out, x, residual, gain, m, k, eps, ctx)
     _linear[target, has_bias, INVARIANT](y, normed, w, bias, m, n, k, ctx)
@@ -229,7 +227,7 @@ struct NormLinearSiluMul:
             y: Activations [T, I].
             residual_out: Sum x + residual [T, H].
             normed: Scratch [T, H].
-            gate_up: Scratch [T, 2I]; not used on the GPU in bfloat16, and of any size there.
+            gate_up: Scratch [T, 2I]; on the GPU in bfloat16 of any size, as it is not used.
             x: Output of the previous block [T, H].
             residual: Residual stream [T, H].
             gain: Gain of the norm [H].
@@ -252,16 +250,14 @@ struct NormLinearSiluMul:
         var gp = gain.unsafe_ptr()
         var wp = w.unsafe_ptr()
         comptime if is_gpu[target]() and y.dtype == BF16 and not batch_invariant:
-            if _one_kernel[False, True](yp, op, xp, rp, gp, wp, wp, m, n, k, eps, ctx):
+            if fits_stream(m, 2 * n, k) and fits_held(m, k):
+                _stream[False, NORM, True](yp, op, xp, rp, gp, wp, wp, m, n, k, eps, ctx)
                 return
         _add_rms_norm[target](hp, op, xp, rp, gp, m, k, eps, ctx)
         comptime if is_gpu[target]() and y.dtype == BF16:
             comptime if not batch_invariant:
                 if fits_stream(m, 2 * n, k):
-                    comptime P = Ptr[BF16]
-                    var b = rebind[P](wp)
-                    var h = rebind[P](hp)
-                    linear_stream[BF16, False, DIRECT, True](rebind[P](yp), h, h, h, h, b, b, m, n, k, eps, ctx)
+                    _stream[False, DIRECT, True](yp, op, hp, rp, gp, wp, wp, m, n, k, eps, ctx)
                     return
             gated_linear_gpu[y.dtype, batch_invariant](yp, hp, wp, m, n, k, ctx)
             return
