@@ -4,7 +4,7 @@ Up to 4 rows and a large weight: `_linear_stream_gpu` streams it through shared 
 Up to 8 rows (16 of the smallest) and a small weight: `_linear_skinny_gpu` holds it in registers as tensor-core fragments.
 Other bfloat16: TMA and wgmma, `_linear_wgmma_gpu`. Of its tiles the one whose waves take least, by measured costs, is chosen.
 float32, and K no multiple of 8 (the copy engine wants 16-byte rows): the tiled kernel below, for correctness only.
-`gated_linear_gpu` knows the last two only, for any number of rows.
+`gated_linear_gpu` knows the last three.
 
 Every kernel adds in a fixed order, so results repeat bit for bit. Which kernel runs depends on M, so a row may differ
 in its last bit between batches of different size; up to 4 rows it does not. `INVARIANT` takes this away: wgmma for any
@@ -14,7 +14,7 @@ All but the last fetch w before the kernel ahead has finished (programmatic depe
 ahead must not write w. Nothing waits on the host: a device graph may capture it.
 """
 
-from ._linear_skinny_gpu import MAX_WARPS, fits_skinny, linear_skinny, skinny_warps
+from ._linear_skinny_gpu import fits_skinny, fits_skinny_gated, linear_skinny, linear_skinny_gated
 from ._linear_stream_gpu import fits_held, fits_stream, linear_stream
 from ._linear_stream_kernel_gpu import COPY, DIRECT
 from ._linear_wgmma_gpu import MAX_STAGES, linear_wgmma
@@ -193,11 +193,7 @@ def _linear_bf16[
                 linear_stream[out_dtype, has_bias, DIRECT, False](y, x, x, x, x, w, bias, m, n, k, 0, ctx)
             return
         if fits_skinny(m, n, k):
-            linear_skinny[out_dtype, has_bias, 1, 2, 8](y, x, w, bias, m, n, k, skinny_warps(k), ctx)
-            return
-        if m <= 16 and n * k < 5_000_000:
-            var warps = min(ceildiv(k, 128), MAX_WARPS)
-            linear_skinny[out_dtype, has_bias, 2, 2, 4](y, x, w, bias, m, n, k, warps, ctx)
+            linear_skinny[out_dtype, has_bias](y, x, w, bias, m, n, k, w, 0, w, 0, ctx)
             return
     _linear_tiles[out_dtype, has_bias, False, INVARIANT](y, x, w, bias, m, n, k, ctx)
 
@@ -229,6 +225,10 @@ def gated_linear_gpu[
         if k % 8 == 0:
             comptime P = Ptr[BF16]
             var wp = rebind[P](w)
+            comptime if not INVARIANT:
+                if fits_skinny_gated(m, i, k):
+                    linear_skinny_gated(rebind[P](y), rebind[P](x), wp, m, i, k, ctx)
+                    return
             _linear_tiles[BF16, False, True, INVARIANT](rebind[P](y), rebind[P](x), wp, wp, m, i, k, ctx)
             return
     _linear_simt[dtype, dtype, False, True](y, x, w, w, m, i, k, ctx)

@@ -5,7 +5,8 @@ Shapes:    y [M, N], x [M, K], bias [N]; w: CPU [ceil(N/32), K*32] packed panels
 Dtypes:    x, w, bias bfloat16 or float32; y the same or float32 (logits); float32 accumulation, one rounding at the store
 CPU:       `_linear_cpu`: parallel over panels of 32 outputs, register tile of 12 rows, AVX-512 bf16 dot where the CPU has it
 GPU:       `_linear_gpu`: weight streaming for few rows, TMA and wgmma for many; with batch_invariant the latter for all, so that
-           sums do not depend on M there either
+           sums do not depend on M there either. With few rows of a small w, `ahead` and `later`, weights of products behind this
+           one, are fetched into the L2 cache meanwhile; they do not change the result
 Bound:     bytes = (N K + M K) sizeof(dtype) + M N sizeof(y); flops = 2 M N K
 Limits:    K is even for bfloat16 on the CPU (two k share a lane)
 Source:    panel packing and register tiles: Goto and van de Geijn 2008; here k is never split, so that sums do not depend on M
@@ -13,7 +14,11 @@ Source:    panel packing and register tiles: Goto and van de Geijn 2008; here k 
 
 from ._linear_cpu import linear_cpu
 from ._linear_gpu import linear_gpu
+from ._linear_skinny_gpu import fits_skinny, linear_skinny
 from ._prelude import *
+
+
+comptime AHEAD_ROWS = 4  # with more, the fetching is in the way of what attention reads
 
 
 @always_inline
@@ -43,7 +48,12 @@ struct Linear:
     def execute[
         target: StaticString, batch_invariant: Bool
     ](
-        y: OutputTensor[rank=2, ...], x: InputTensor[rank=2, ...], w: InputTensor[dtype=x.dtype, rank=2, ...], ctx: DeviceContext
+        y: OutputTensor[rank=2, ...],
+        x: InputTensor[rank=2, ...],
+        w: InputTensor[dtype=x.dtype, rank=2, ...],
+        ahead: InputTensor[dtype=x.dtype, rank=2, ...],
+        later: InputTensor[dtype=x.dtype, rank=2, ...],
+        ctx: DeviceContext,
     ) raises:
         """Runs the op.
 
@@ -55,12 +65,36 @@ struct Linear:
             y: Output [M, N].
             x: Activations [M, K].
             w: Weight, packed on the CPU.
+            ahead: A weight that is read soon, or w.
+            later: Another, after it.
             ctx: Device context.
 
         Raises:
             Error: If K is odd for bfloat16 on the CPU, or a launch fails.
         """
         var wp = w.unsafe_ptr()
+        comptime if is_gpu[target]() and x.dtype == BF16 and not batch_invariant:
+            var m = x.dim_size(0)
+            var n = y.dim_size(1)
+            var k = x.dim_size(1)
+            if 0 < m <= AHEAD_ROWS and Int(ahead.unsafe_ptr()) != Int(wp) and fits_skinny(m, n, k):
+                comptime P = Ptr[BF16]
+                var weight = rebind[P](wp)
+                linear_skinny[y.dtype, False](
+                    y.unsafe_ptr(),
+                    rebind[P](x.unsafe_ptr()),
+                    weight,
+                    weight,
+                    m,
+                    n,
+                    k,
+                    rebind[P](ahead.unsafe_ptr()),
+                    ahead.dim_size(0) * ahead.dim_size(1),
+                    rebind[P](later.unsafe_ptr()),
+                    later.dim_size(0) * later.dim_size(1),
+                    ctx,
+                )
+                return
         _linear[target, False, batch_invariant](
             y.unsafe_ptr(), x.unsafe_ptr(), wp, wp, x.dim_size(0), y.dim_size(1), x.dim_size(1), ctx
         )

@@ -6,18 +6,17 @@ Math:      r = round(x + residual);  h = round(r / sqrt(mean(r^2) + eps) * gain)
 Shapes:    residual_out [T, H] = x [T, H], residual [T, H], gain [H]; normed [T, H] holds h where it is not kept on chip
            norm_linear:          y [T, N], w as for `linear` with N rows, bias [N]
            norm_linear_silu_mul: y [T, I], w as for `linear` with 2I rows; gate_up [T, 2I] holds the products before the
-           SiLU where that is a kernel of its own
+           SiLU where that is a step of its own
 Dtypes:    bfloat16 or float32, as `add_rms_norm`, `linear` and `silu_mul`, whose every rounding is kept
 CPU:       those three, one after the other
 GPU:       up to 4 rows in bfloat16 and a large weight: one kernel that streams w, `_linear_stream_gpu`, the norm inside it too
-           while T H is small (`fits_held`); up to 8 rows and a small weight: as on the CPU; more rows, and with batch_invariant any
-           number: the norm, then `_linear_wgmma_gpu`, for the second op with the SiLU inside. float32: as on the CPU
+           while T H is small (`fits_held`); otherwise the norm, then the product, `_linear_gpu`, for the second op with the SiLU
+           inside. float32: as on the CPU
 Bound:     bytes = (N H + 3 T H + T N) sizeof(dtype); flops = 2 T N H
 Limits:    those of `linear`; residual_out is not residual, which every thread block reads
 """
 
 from ._linear_gpu import gated_linear_gpu
-from ._linear_skinny_gpu import fits_skinny
 from ._linear_stream_gpu import fits_held, fits_stream, linear_stream
 from ._linear_stream_kernel_gpu import DIRECT, NORM
 from ._prelude import *
@@ -228,7 +227,7 @@ struct NormLinearSiluMul:
             y: Activations [T, I].
             residual_out: Sum x + residual [T, H].
             normed: Scratch [T, H].
-            gate_up: Scratch [T, 2I]; on the GPU in bfloat16 for as many rows as `_linear_skinny_gpu` takes.
+            gate_up: Scratch [T, 2I]; on the GPU in bfloat16 of any size, as it is not used.
             x: Output of the previous block [T, H].
             residual: Residual stream [T, H].
             gain: Gain of the norm [H].
@@ -260,8 +259,7 @@ struct NormLinearSiluMul:
                 if fits_stream(m, 2 * n, k):
                     _stream[False, DIRECT, True](yp, op, hp, rp, gp, wp, wp, m, n, k, eps, ctx)
                     return
-            if batch_invariant or not fits_skinny(m, 2 * n, k):
-                gated_linear_gpu[y.dtype, batch_invariant](yp, hp, wp, m, n, k, ctx)
-                return
+            gated_linear_gpu[y.dtype, batch_invariant](yp, hp, wp, m, n, k, ctx)
+            return
         _linear[target, False, batch_invariant](gate_up.unsafe_ptr(), hp, wp, wp, m, 2 * n, k, ctx)
         _silu_mul_rows[target](yp, gate_up.unsafe_ptr(), m, n, ctx)

@@ -193,8 +193,9 @@ def _linear_static(k: int, n: int, bias: bool = False, wide: bool = False) -> Sh
 
 _TOKENS = tuple({"T": tokens} for tokens in (0, 1, 15, 16, 17))
 _FEW_TOKENS = tuple({"T": tokens} for tokens in (0, 1, 2, 8, 9, 17))  # a GPU streams the weight up to 8
+_SHAPES = ((1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (3328, 52), (66, 101), (2, 1))
 _LINEAR = (
-    *(_linear_static(k, n) for k, n in ((1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (66, 101), (2, 1))),
+    *(_linear_static(k, n) for k, n in _SHAPES),
     *(_linear_static(k, n, bias=True) for k, n in ((1024, 96), (66, 101))),
     *(_linear_static(k, n, wide=True) for k, n in ((1024, 1003), (34, 33))),  # logits over an odd vocabulary
 )
@@ -250,7 +251,10 @@ SPECS = (
     ),
     KernelSpec(
         "norm_linear",
-        ({"H": 1024, "N": 512, "bias": False}, {"H": 66, "N": 101, "bias": False}, {"H": 64, "N": 33, "bias": True}),
+        (
+            *({"H": hidden, "N": n, "bias": False} for hidden, n in ((1024, 512), (66, 101))),
+            *({"H": hidden, "N": n, "bias": True} for hidden, n in ((64, 33), (768, 72))),
+        ),
         _FEW_TOKENS,
         norm_linear_inputs,
         _norm_linear,
@@ -260,7 +264,7 @@ SPECS = (
     ),
     KernelSpec(
         "norm_linear_silu_mul",
-        ({"H": 1024, "I": 384}, {"H": 66, "I": 45}, {"H": 64, "I": 20}),
+        tuple({"H": hidden, "I": inter} for hidden, inter in ((1024, 384), (66, 45), (64, 20), (256, 28))),
         _FEW_TOKENS,
         norm_linear_inputs,
         _norm_linear_silu_mul,

@@ -1,13 +1,9 @@
 """A mistake in a graph is a ValueError in the glossary's words where it is made, not a compiler's message later."""
 
-import re
-
 import pytest
 from max.dtype import DType
 from max.graph import BufferType, DeviceRef, Graph, TensorType
 
-from mili.ops import norm_linear as norm_linear_module
-from mili.ops._call import kernels_path
 from mili.ops.activation import silu_mul
 from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_norm_rope_store, rope_attention
 from mili.ops.embedding import embedding
@@ -179,10 +175,3 @@ def test_rope_attention(change: dict[str, Given], message: str) -> None:
         f"rope_attention: {message}",
         **given,
     )
-
-
-def test_the_scratch_of_few_rows_is_what_the_kernel_takes():
-    """On a GPU products of more rows apply the SiLU themselves, so the op's scratch has room for these only."""
-    source = (kernels_path() / "_linear_skinny_gpu.mojo").read_text(encoding="utf-8")
-    found = re.search(r"^comptime SKINNY_ROWS = (\d+)", source, re.MULTILINE)
-    assert found is not None and int(found[1]) == norm_linear_module._SKINNY_ROWS

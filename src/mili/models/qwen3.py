@@ -267,6 +267,7 @@ def _layer(
         config.hidden_size,
         weights.get("self_attn.o_proj.bias"),
         batch_invariant=batch_invariant,
+        ahead=(weights["mlp.gate_up_proj.weight"], weights["mlp.down_proj.weight"]),
     )
     gain = weights["post_attention_layernorm.weight"]
     x, residual = norm_linear_silu_mul(

@@ -6,8 +6,6 @@ from max.graph import TensorType, TensorValue
 from mili.ops._call import check_tensor, kernel_op
 from mili.ops.linear import linear_weight_shape
 
-_SKINNY_ROWS = 8  # as in _linear_skinny_gpu.mojo: with more rows the product applies the SiLU itself
-
 
 def norm_linear(
     x: TensorValue,
@@ -75,7 +73,8 @@ def norm_linear_silu_mul(
     _check("norm_linear_silu_mul", x, residual, gain, weight, 2 * width)
     row = TensorType(x.dtype, x.shape, x.device)
     fused = not x.device.is_cpu() and x.dtype == DType.bfloat16
-    gate_up = TensorType(x.dtype, [_SKINNY_ROWS if fused else x.shape[0], 2 * width], x.device)
+    # The GPU's product applies the SiLU itself, so that its sums need no place in memory.
+    gate_up = TensorType(x.dtype, [1 if fused else x.shape[0], 2 * width], x.device)
     out = [TensorType(x.dtype, [x.shape[0], width], x.device), row, row, gate_up]  # the last two are scratch
     parameters = {"eps": eps, "batch_invariant": batch_invariant}
     y, total, _, _ = kernel_op("norm_linear_silu_mul", x.device, [x, residual, gain, weight], out, parameters)
