@@ -269,11 +269,10 @@ def _layer(
         batch_invariant=batch_invariant,
         ahead=(weights["mlp.gate_up_proj.weight"], weights["mlp.down_proj.weight"]),
     )
-    gain = weights["post_attention_layernorm.weight"]
     x, residual = norm_linear_silu_mul(
         x,
         residual,
-        gain,
+        weights["post_attention_layernorm.weight"],
         weights["mlp.gate_up_proj.weight"],
         config.intermediate_size,
         eps,
