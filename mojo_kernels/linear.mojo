@@ -18,7 +18,7 @@ from ._linear_skinny_gpu import fits_skinny, linear_skinny
 from ._prelude import *
 
 
-comptime AHEAD_ROWS = 4  # with more, the fetching is in the way of what attention reads
+comptime _AHEAD_ROWS = 4  # with more, the fetching is in the way of what attention reads
 
 
 @always_inline
@@ -77,7 +77,7 @@ struct Linear:
             var m = x.dim_size(0)
             var n = y.dim_size(1)
             var k = x.dim_size(1)
-            if 0 < m <= AHEAD_ROWS and Int(ahead.unsafe_ptr()) != Int(wp) and fits_skinny(m, n, k):
+            if 0 < m <= _AHEAD_ROWS and Int(ahead.unsafe_ptr()) != Int(wp) and fits_skinny(m, n, k):
                 comptime P = Ptr[BF16]
                 var weight = rebind[P](wp)
                 linear_skinny[y.dtype, False](

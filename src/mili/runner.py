@@ -173,7 +173,11 @@ class Runner:
         else:
             hidden = bucket.hidden
         # --8<-- [start:late]
-        made = sampling if isinstance(sampling, SamplingBatch) else sampling()  # the device is busy with `forward`
+        try:
+            made = sampling if isinstance(sampling, SamplingBatch) else sampling()  # the device is busy with `forward`
+        except BaseException:
+            landing.copy((), rows)  # nothing; but the side is free again only when `forward` has read it
+            raise
         known = _sampling_arrays(made)
         # --8<-- [end:late]
         outputs = None

@@ -117,7 +117,11 @@ class FakeRunner:
         self.held[batch.slots] = batch.token_ids
         if not isinstance(sampling, SamplingBatch):
             self.num_late += 1
-            sampling = sampling()
+            try:
+                sampling = sampling()
+            except BaseException:
+                self.num_fetched = self.num_steps  # nobody will fetch this one
+                raise
         self.samplings.append(sampling)
         failed = self.num_steps in self.fail_at
         return FakePending(self.num_steps, self, None if failed else self._compute(batch, sampling))

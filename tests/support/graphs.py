@@ -21,7 +21,7 @@ from max.engine.api import CompiledModel, read
 from max.graph import Graph
 
 from mili import ops
-from mili.compiler import Target, cache_folder
+from mili.compiler import cache_folder, target_of
 from mili.ops import _call
 
 CARRIED = "MILI_TEST_KERNELS"
@@ -50,7 +50,7 @@ def compiled_graph(
     `source` is the caller's file and `facts` has a repr of all else that `build` depends on. `cpu_target` names the
     instruction set of the host's code, such as "x86-64-v3": by default this machine's, or `PORTABLE` beside a GPU.
     """
-    target = f"cpu {cpu_target}" if device.is_host and cpu_target else Target.of(device)
+    target = f"cpu {cpu_target}" if device.is_host and cpu_target else target_of(device)
     cpu_target = cpu_target or (driver.get_virtual_cpu_target() if device.is_host else PORTABLE)
     digest = hashlib.sha256(repr((version("max"), target, facts)).encode())
     wrappers = Path(ops.__file__).parent.glob("*.py")
