@@ -23,7 +23,7 @@ from mili import LLM, SamplingParams
 from support.live import serve
 
 NUM_REQUESTS, PROMPT_LEN, LENGTHS = 300, 64, (32, 96)
-_SETTLE = 4.0  # seconds; the workers of MAX look for more to do for up to 2 s, on every core
+_SETTLE = 8.0  # seconds; the workers of MAX look for more to do for up to 6 s, on every core
 
 
 def engine_speed(llm: LLM, prompts: list[list[int]], lengths: list[int]) -> float:
