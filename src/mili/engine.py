@@ -69,8 +69,11 @@ class Engine:
 
     @property
     def num_wanted_tokens(self) -> int:
-        """How many more tokens of prompts the next two steps might find room for; below 0 if too many wait."""
-        return 2 * self._scheduler.max_num_batched_tokens - sum(len(r.token_ids) for r in self._scheduler.waiting)
+        """How many more tokens of prompts the next two steps might find room for; 0 or less if enough wait."""
+        waiting = self._scheduler.waiting
+        if len(waiting) >= self._scheduler.max_num_seqs:  # as many as a step can admit; not counted again at each step
+            return 0
+        return 2 * self._scheduler.max_num_batched_tokens - sum(len(request.token_ids) for request in waiting)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError if the request can never be served; from any thread. New structured_outputs take ms."""

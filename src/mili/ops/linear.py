@@ -32,7 +32,8 @@ def linear(
         bias: [N], dtype of `x`.
         out_dtype: dtype of the result, that of `x` by default; float32 for logits.
         batch_invariant: Whether a row's bits may not depend on the other rows; on the CPU they never do.
-        ahead: Two weights that are read next, in their order. A GPU may fetch them meanwhile; no bit depends on it.
+        ahead: Two weights that are read next, in their order. A GPU may fetch them meanwhile, if there is no bias;
+            no bit depends on it.
     """
     check_tensor("linear", "x", x, (DType.bfloat16, DType.float32), "M", "K")
     columns = int(x.shape[1])
