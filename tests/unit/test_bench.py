@@ -66,6 +66,19 @@ def test_a_sweep_has_a_row_for_each_batch(bench, runners):
     assert max(len(batch.seq_lens) for batch in runners[0].batches) == 70  # no queue: all at once
 
 
+def test_a_step_is_timed_while_all_decode(bench, runners):
+    """Eight prompts, of which a step takes two: with equal lengths the first would be gone when the last decodes."""
+    words = ("--prompt-len", 4, "--batch", 8, "--max-num-seqs", 8, "--max-num-batched-tokens", 8, "--repeat", 1)
+    _, result = bench("latency", *words, "--new", 40)
+    assert result["decode_tokens_per_s"] == pytest.approx(8 / result["step_s"], rel=1e-3)
+    sizes = [len(batch.seq_lens) for batch in runners[0].batches]
+    before = len(sizes) - 1 - sizes[::-1].index(8)  # of the last run, whose last request ended when all were there
+    assert sizes[before - 15 : before + 2] == [8] * 16 + [7]
+    table, result = bench("latency", *words, "--new", 3)
+    assert result["step_s"] is result["decode_tokens_per_s"] is result["decode_roofline"] is None
+    assert table[3].split()[3:6] == ["-", "-", "-"]
+
+
 def test_an_unknown_matrix_speed_is_said_and_not_guessed(bench, runners, monkeypatch):
     monkeypatch.setattr(device, "ceilings", lambda name, dtype: Ceilings(20e9, None))
     table, result = bench("latency", "--prompt-len", 4, "--new", 2, "--repeat", 1)

@@ -7,7 +7,7 @@ cannot help; the end-of-sequence token is ignored, so that each request runs to 
 import random
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -53,7 +53,9 @@ def latency(
     """Time one batch of equal prompts.
 
     TTFT: time to first token, mean of the requests. ITL: time between tokens after the first, mean of the requests;
-    other prompts' prefill is in it. Step: the same of the request that began last, when all decode.
+    other prompts' prefill is in it. Step: the same of the request that begins last, while all decode; if they do not
+    begin together, it is timed in runs of its own, where that request ends before the others; it is unknown if --new is
+    too small for that.
 
     Each share of the roofline is the least time that reading weights and KV cache once a step, at the memory speed
     measured here, and multiplying, at the speed of the matrix unit, would take, over the time taken.
@@ -87,43 +89,67 @@ def latency(
     print_json({**head, **(results[0] if sweep is None else {"sweep": results}), **tail})
 
 
-def _median_run(llm: "LLM", prompt_len: int, num_new: int, batch: int, repeat: int) -> dict[str, float]:
+def _median_run(llm: "LLM", prompt_len: int, num_new: int, batch: int, repeat: int) -> dict[str, Any]:
     """The run of median time, after one that warms up."""
     runs = [_run_once(llm, prompt_len, num_new, batch, seed) for seed in range(repeat + 1)][1:]
     return sorted(runs, key=lambda run: run["total_s"])[repeat // 2]
 
 
-def _run_once(llm: "LLM", prompt_len: int, num_new: int, batch: int, seed: int) -> dict[str, float]:
-    """Generate once; rates over the whole batch."""
-    from mili.sampling_params import SamplingParams
-
-    draw = random.Random(f"{batch} {seed}")
-    prompts = [[draw.randrange(llm.model_config.vocab_size) for _ in range(prompt_len)] for _ in range(batch)]
-    params = SamplingParams(temperature=0.0, max_tokens=num_new, ignore_eos=True, detokenize=False)
+def _run_once(llm: "LLM", prompt_len: int, num_new: int, batch: int, seed: int) -> dict[str, Any]:
+    """Generate once, or twice if the requests do not begin together; rates over the whole batch."""
     start = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    runs = _generate(llm, prompt_len, [num_new] * batch, f"{batch} {seed}")
     seconds = time.perf_counter() - start
-    first, gaps = [], []
-    for output in outputs:
-        metrics, num_tokens = output.metrics, len(output.outputs[0].token_ids)
-        assert metrics is not None and metrics.time_to_first_token is not None and num_tokens == num_new
-        assert metrics.finished_time is not None and metrics.first_token_time is not None
-        first.append(metrics.time_to_first_token)
-        gaps.append((metrics.finished_time - metrics.first_token_time) / (num_new - 1))
-    step = gaps[first.index(max(first))]
+    starts = [run.time_to_first_token for run in runs]
+    gaps = [run.gap for run in runs]
+    step: float | None = gaps[-1]
+    ahead = len(set(starts))  # about as many tokens has the first request when the last begins
+    if ahead > 1:  # it would end before that one, whose last steps would be those of a smaller batch
+        step = None
+    while step is None and num_new - ahead > 1:
+        fewer = [num_new] * (batch - 1) + [num_new - ahead]
+        *others, last = _generate(llm, prompt_len, fewer, f"{batch} {seed} {ahead}")
+        if last.finished_time <= min(run.finished_time for run in others):
+            step = last.gap
+        ahead *= 2
     return {
         "total_s": seconds,
-        "ttft_s": statistics.mean(first),
+        "ttft_s": statistics.mean(starts),
         "itl_s": statistics.mean(gaps),
         "step_s": step,
-        "prefill_tokens_per_s": batch * prompt_len / max(first),
-        "decode_tokens_per_s": batch / step,
+        "prefill_tokens_per_s": batch * prompt_len / max(starts),
+        "decode_tokens_per_s": step and batch / step,
         "output_tokens_per_s": batch * num_new / seconds,
     }
 
 
+class _Times(NamedTuple):
+    """Of one request."""
+
+    time_to_first_token: float
+    finished_time: float
+    gap: float  # mean time between its tokens
+
+
+def _generate(llm: "LLM", prompt_len: int, num_new: list[int], seed: str) -> list[_Times]:
+    """Times of fresh random prompts with so many new tokens each."""
+    from mili.sampling_params import SamplingParams
+
+    draw = random.Random(seed)
+    prompts = [[draw.randrange(llm.model_config.vocab_size) for _ in range(prompt_len)] for _ in num_new]
+    params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False) for n in num_new]
+    times = []
+    for output, wanted in zip(llm.generate(prompts, params, use_tqdm=False), num_new, strict=True):
+        metrics, num_tokens = output.metrics, len(output.outputs[0].token_ids)
+        assert metrics is not None and metrics.time_to_first_token is not None and num_tokens == wanted
+        assert metrics.finished_time is not None and metrics.first_token_time is not None
+        gap = (metrics.finished_time - metrics.first_token_time) / (wanted - 1)
+        times.append(_Times(metrics.time_to_first_token, metrics.finished_time, gap))
+    return times
+
+
 def _shares(
-    llm: "LLM", at: "Ceilings", batch: int, prompt_len: int, num_new: int, run: dict[str, float]
+    llm: "LLM", at: "Ceilings", batch: int, prompt_len: int, num_new: int, run: dict[str, Any]
 ) -> dict[str, float | None]:
     """Least times over times taken: of the prompts, of a decode step of mean context, of the whole."""
     from mili.cli.roofline import decode_step, generation, prefill
@@ -132,10 +158,11 @@ def _shares(
     step = decode_step(model, dtype, batch, prompt_len + num_new / 2)
     first = prefill(model, dtype, [prompt_len] * batch).seconds(at)
     rest = generation(model, dtype, [(prompt_len, num_new)] * batch, batch).seconds(at)
+    decoded = run["step_s"] is not None
     known = at.flops_per_s is not None  # prompts are bound by the matrix unit
     return {
-        "decode_bytes_per_s": step.bytes / run["step_s"],
-        "decode_roofline": step.seconds(at) / run["step_s"],
+        "decode_bytes_per_s": step.bytes / run["step_s"] if decoded else None,
+        "decode_roofline": step.seconds(at) / run["step_s"] if decoded else None,
         "prefill_roofline": first * run["prefill_tokens_per_s"] / (batch * prompt_len) if known else None,
         "total_roofline": (first + rest) / run["total_s"] if known else None,
     }
@@ -153,9 +180,12 @@ def _table(head: dict[str, Any], tail: dict[str, Any], results: list[dict[str, A
         f"{'ITL ms':>9}{'TTFT ms':>10}{'total s':>9}{'roof':>6}",
     ]
     for row in results:
+        rate, step = row["decode_tokens_per_s"], row["step_s"]
+        decode = f"{'-':>14}{'-':>6}{'-':>9}"
+        if step is not None:
+            decode = f"{rate:>14,.1f}{_percent(row['decode_roofline']):>6}{step * 1e3:>9.3f}"
         lines.append(
-            f"{row['batch']:>5}{row['prefill_tokens_per_s']:>15,.1f}{_percent(row['prefill_roofline']):>6}"
-            f"{row['decode_tokens_per_s']:>14,.1f}{_percent(row['decode_roofline']):>6}{row['step_s'] * 1e3:>9.3f}"
+            f"{row['batch']:>5}{row['prefill_tokens_per_s']:>15,.1f}{_percent(row['prefill_roofline']):>6}{decode}"
             f"{row['itl_s'] * 1e3:>9.3f}{row['ttft_s'] * 1e3:>10.2f}{row['total_s']:>9.3f}"
             f"{_percent(row['total_roofline']):>6}"
         )
