@@ -57,7 +57,7 @@ def vectorised(y: P, r: P, x: P, residual: P, weight: P):
     """Level 3: mili's row, a vector register of numbers at a time, row after row."""
     for t in range(T):
         var at = t * H
-        _add_norm_row_cpu[BF16, True](
+        _add_norm_row_cpu[BF16](
             y.unsafe_offset(at), r.unsafe_offset(at), x.unsafe_offset(at), residual.unsafe_offset(at), weight, H, EPS
         )
 
@@ -67,7 +67,7 @@ def parallel(y: P, r: P, x: P, residual: P, weight: P):
 
     def row(t: Int) {var}:
         var at = t * H
-        _add_norm_row_cpu[BF16, True](
+        _add_norm_row_cpu[BF16](
             y.unsafe_offset(at), r.unsafe_offset(at), x.unsafe_offset(at), residual.unsafe_offset(at), weight, H, EPS
         )
 

@@ -9,3 +9,4 @@ from .rms_norm import *
 from .rope_attention import *
 from .sampling import *
 from .silu_mul import *
+from .take_rows import *

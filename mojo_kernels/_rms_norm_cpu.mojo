@@ -9,7 +9,7 @@ from ._prelude import *
 # --8<-- [start:row_cpu]
 @always_inline
 def _add_norm_row_cpu[
-    dtype: DType, store_residual: Bool
+    dtype: DType
 ](
     y: Ptr[dtype],
     residual_out: Ptr[dtype],
@@ -19,31 +19,28 @@ def _add_norm_row_cpu[
     h: Int,
     eps: Float32,
 ):
-    """One row. y holds r between the two passes when the residual itself is not stored."""
     comptime W = simd_width_of[F32]()
-    var kept = residual_out if store_residual else y
     var squares = SIMD[F32, W](0)
     var i = 0
     while i + W <= h:
         var r = (x.unsafe_load[width=W](i).cast[F32]() + residual.unsafe_load[width=W](i).cast[F32]()).cast[dtype]()
-        kept.unsafe_store(i, r)
+        residual_out.unsafe_store(i, r)
         squares = r.cast[F32]().fma(r.cast[F32](), squares)
         i += W
     var total = squares.reduce_add()
     while i < h:
         var r = (x[unsafe_offset=i].cast[F32]() + residual[unsafe_offset=i].cast[F32]()).cast[dtype]()
-        kept[unsafe_offset=i] = r
+        residual_out[unsafe_offset=i] = r
         total += r.cast[F32]() * r.cast[F32]()
         i += 1
     var scale = 1 / sqrt(total / Float32(h) + eps)
     i = 0
     while i + W <= h:
-        var r = kept.unsafe_load[width=W](i).cast[F32]()
+        var r = residual_out.unsafe_load[width=W](i).cast[F32]()
         y.unsafe_store(i, (r * scale * weight.unsafe_load[width=W](i).cast[F32]()).cast[dtype]())
         i += W
     while i < h:
-        y[unsafe_offset=i] = (kept[unsafe_offset=i].cast[F32]() * scale * weight[unsafe_offset=i].cast[F32]()).cast[
-            dtype
-        ]()
+        var r = residual_out[unsafe_offset=i].cast[F32]()
+        y[unsafe_offset=i] = (r * scale * weight[unsafe_offset=i].cast[F32]()).cast[dtype]()
         # --8<-- [end:row_cpu]
         i += 1

@@ -15,13 +15,12 @@ comptime KEPT = 4
 
 # --8<-- [start:kernel_gpu]
 def _add_norm_kernel[
-    dtype: DType, VEC: Int, GROUP: Int, chosen_rows: Bool
+    dtype: DType, VEC: Int, GROUP: Int
 ](
     y: Ptr[dtype],
     residual_out: Ptr[dtype],
     x: Ptr[dtype],
     residual: Ptr[dtype],
-    rows: Ptr[DType.int32],
     weight: Ptr[dtype],
     h32: Int32,
     eps: Float32,
@@ -38,36 +37,31 @@ def _add_norm_kernel[
         if at + k * STEP < h:
             gain[k] = weight.unsafe_load[width=VEC, alignment=ALIGN](at + k * STEP)
     wait_on_dependent_grids()
-    var out = block_idx.x * h
-    var source = out
-    comptime if chosen_rows:
-        source = Int(rows[unsafe_offset=block_idx.x]) * h
+    var row = block_idx.x * h
     # All loads of a row are in flight before the first is waited for; a store between them would hold back the next.
     var kept = Array[SIMD[dtype, VEC], KEPT](fill=0)
     var added = Array[SIMD[dtype, VEC], KEPT](fill=0)
     comptime for k in range(KEPT):
         if at + k * STEP < h:
-            kept[k] = x.unsafe_load[width=VEC, alignment=ALIGN](source + at + k * STEP)
-            added[k] = residual.unsafe_load[width=VEC, alignment=ALIGN](source + at + k * STEP)
+            kept[k] = x.unsafe_load[width=VEC, alignment=ALIGN](row + at + k * STEP)
+            added[k] = residual.unsafe_load[width=VEC, alignment=ALIGN](row + at + k * STEP)
     var sums = Array[Float32, SUMS](fill=0)
     comptime for k in range(KEPT):
         kept[k] = (kept[k].cast[F32]() + added[k].cast[F32]()).cast[dtype]()
         var f = kept[k].cast[F32]()
         sums[k % SUMS] += (f * f).reduce_add()
-    comptime if not chosen_rows:
-        comptime for k in range(KEPT):
-            if at + k * STEP < h:
-                residual_out.unsafe_store[alignment=ALIGN](out + at + k * STEP, kept[k])
-    # What of a longer row is not kept, the same thread reads back later; for chosen rows y holds it until then.
-    var stored = y if chosen_rows else residual_out
+    comptime for k in range(KEPT):
+        if at + k * STEP < h:
+            residual_out.unsafe_store[alignment=ALIGN](row + at + k * STEP, kept[k])
+    # What of a longer row is not kept, the same thread reads back later.
     comptime if GROUP == WARPS:
         var i = at + KEPT * STEP
         while i < h:
             var r = (
-                x.unsafe_load[width=VEC, alignment=ALIGN](source + i).cast[F32]()
-                + residual.unsafe_load[width=VEC, alignment=ALIGN](source + i).cast[F32]()
+                x.unsafe_load[width=VEC, alignment=ALIGN](row + i).cast[F32]()
+                + residual.unsafe_load[width=VEC, alignment=ALIGN](row + i).cast[F32]()
             ).cast[dtype]()
-            stored.unsafe_store[alignment=ALIGN](out + i, r)
+            residual_out.unsafe_store[alignment=ALIGN](row + i, r)
             var f = r.cast[F32]()
             sums[0] += (f * f).reduce_add()
             i += STEP
@@ -91,25 +85,24 @@ def _add_norm_kernel[
     comptime for k in range(KEPT):
         if at + k * STEP < h:
             var normed = kept[k].cast[F32]() * scale * gain[k].cast[F32]()
-            y.unsafe_store[alignment=ALIGN](out + at + k * STEP, normed.cast[dtype]())
+            y.unsafe_store[alignment=ALIGN](row + at + k * STEP, normed.cast[dtype]())
     comptime if GROUP == WARPS:
         var i = at + KEPT * STEP
         while i < h:
-            var r = stored.unsafe_load[width=VEC, alignment=ALIGN](out + i).cast[F32]()
+            var r = residual_out.unsafe_load[width=VEC, alignment=ALIGN](row + i).cast[F32]()
             var w = weight.unsafe_load[width=VEC, alignment=ALIGN](i).cast[F32]()
-            y.unsafe_store[alignment=ALIGN](out + i, (r * scale * w).cast[dtype]())
+            y.unsafe_store[alignment=ALIGN](row + i, (r * scale * w).cast[dtype]())
             i += STEP
 # --8<-- [end:kernel_gpu]
 
 
 def _add_norm_gpu[
-    dtype: DType, chosen_rows: Bool
+    dtype: DType
 ](
     y: Ptr[dtype],
     residual_out: Ptr[dtype],
     x: Ptr[dtype],
     residual: Ptr[dtype],
-    rows: Ptr[DType.int32],
     weight: Ptr[dtype],
     num_rows: Int,
     h: Int,
@@ -119,13 +112,12 @@ def _add_norm_gpu[
     # --8<-- [start:launch_gpu]
     @always_inline
     def launch[VEC: Int, GROUP: Int]() raises {imm}:
-        comptime kernel = _add_norm_kernel[dtype, VEC, GROUP, chosen_rows]
+        comptime kernel = _add_norm_kernel[dtype, VEC, GROUP]
         ctx.enqueue_function[kernel](
             y,
             residual_out,
             x,
             residual,
-            rows,
             weight,
             Int32(h),
             eps,
@@ -139,14 +131,13 @@ def _add_norm_gpu[
     if h % VEC != 0:
         launch[1, WARPS]()
         return
-    comptime if not chosen_rows:
-        if h <= REACH:
-            launch[VEC, 1]()
-            return
-        # About a row or two for each multiprocessor: smaller blocks would crowd some of them and leave others idle.
-        var uneven = 96 < num_rows <= 264
-        if h <= 4 * REACH and not uneven:
-            launch[VEC, 4]()
-            return
+    if h <= REACH:
+        launch[VEC, 1]()
+        return
+    # About a row or two for each multiprocessor: smaller blocks would crowd some of them and leave others idle.
+    var uneven = 96 < num_rows <= 264
+    if h <= 4 * REACH and not uneven:
+        launch[VEC, 4]()
+        return
     launch[VEC, WARPS]()
     # --8<-- [end:launch_gpu]

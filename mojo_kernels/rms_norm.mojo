@@ -1,15 +1,14 @@
 # --8<-- [start:header]
-"""RMSNorm with the residual add fused in, for all rows or for chosen rows.
+"""RMSNorm with the residual add fused in.
 
 Math:      r = round(x + residual);  y = r / sqrt(mean(r^2) + eps) * weight
-Shapes:    add_rms_norm:      y [T, H], residual_out [T, H] = x [T, H], residual [T, H], weight [H]
-           add_rms_norm_rows: y [R, H] = x [T, H], residual [T, H], rows [R] int32, weight [H]; only rows rows[i] are read
+Shapes:    y [T, H], residual_out [T, H] = x [T, H], residual [T, H], weight [H]
 Dtypes:    bfloat16 or float32; sum of squares in float32; r is rounded to the dtype before it is normalised, so that y belongs
            to the residual that the next layer sees
 CPU:       parallel over rows; SIMD over H with a scalar tail
 GPU:       one thread block per row: one warp up to 2 KB a row, 4 up to 8 KB (but 8 for 97 to 264 rows), else 8; warp sums, then
            one shared-memory pass; x and residual are read once, all loads at once, and stay in registers up to 16 KB a row
-Bound:     bytes = 4 R H sizeof(dtype) (3 for _rows); flops = 5 R H
+Bound:     bytes = 4 T H sizeof(dtype); flops = 5 T H
 Limits:    H is any positive number; 16-byte accesses on the GPU when H allows, else one element at a time
 Source:    Zhang and Sennrich 2019 (arXiv 1910.07467)
 """
@@ -43,7 +42,7 @@ def _add_rms_norm[
 
         def row(t: Int) {var}:
             var at = t * h
-            _add_norm_row_cpu[dtype, True](
+            _add_norm_row_cpu[dtype](
                 y.unsafe_offset(at),
                 residual_out.unsafe_offset(at),
                 x.unsafe_offset(at),
@@ -55,8 +54,7 @@ def _add_rms_norm[
 
         for_each(row, rows, 4 * rows * h * size_of[dtype]())
     elif is_gpu[target]():
-        var unused = y.unsafe_bitcast[Int32]()
-        _add_norm_gpu[dtype, False](y, residual_out, x, residual, unused, weight, rows, h, eps, ctx)
+        _add_norm_gpu[dtype](y, residual_out, x, residual, weight, rows, h, eps, ctx)
     else:
         comptime assert False, "mili.add_rms_norm: unsupported target"
     # --8<-- [end:dispatch]
@@ -107,58 +105,3 @@ struct AddRmsNorm:
             eps,
             ctx,
         )
-
-
-@extensibility.register("mili.add_rms_norm_rows")
-struct AddRmsNormRows:
-    """Adds and normalises chosen rows only: the last norm, before the LM head."""
-
-    @staticmethod
-    def execute[
-        target: StaticString, eps: Float32
-    ](
-        y: OutputTensor[rank=2, ...],
-        x: InputTensor[dtype=y.dtype, rank=2, ...],
-        residual: InputTensor[dtype=y.dtype, rank=2, ...],
-        rows: InputTensor[dtype=DType.int32, rank=1, ...],
-        weight: InputTensor[dtype=y.dtype, rank=1, ...],
-        ctx: DeviceContext,
-    ) raises:
-        """Runs the op.
-
-        Parameters:
-            target: "cpu" or "gpu".
-            eps: Added to the mean square.
-
-        Args:
-            y: Normalised rows [R, H].
-            x: Output of the last block [T, H].
-            residual: Residual stream [T, H].
-            rows: Row numbers [R], each below T.
-            weight: Gain [H].
-            ctx: Device context.
-
-        Raises:
-            Error: If a launch fails.
-        """
-        var num_rows = y.dim_size(0)
-        var h = y.dim_size(1)
-        if num_rows == 0:
-            return
-        var yp = y.unsafe_ptr()
-        var xp = x.unsafe_ptr()
-        var rp = residual.unsafe_ptr()
-        var ip = rows.unsafe_ptr()
-        var wp = weight.unsafe_ptr()
-        comptime if is_cpu[target]():
-
-            def row(i: Int) {var}:
-                var at = Int(ip[unsafe_offset=i]) * h
-                var out = yp.unsafe_offset(i * h)
-                _add_norm_row_cpu[y.dtype, False](out, out, xp.unsafe_offset(at), rp.unsafe_offset(at), wp, h, eps)
-
-            for_each(row, num_rows, 4 * num_rows * h * size_of[y.dtype]())
-        elif is_gpu[target]():
-            _add_norm_gpu[y.dtype, True](yp, yp, xp, rp, ip, wp, num_rows, h, eps, ctx)
-        else:
-            comptime assert False, "mili.add_rms_norm_rows: unsupported target"

@@ -182,7 +182,7 @@ def _export(compiled: CompiledModel, path: Path) -> None:
 def _sources_digest() -> str:
     """Digest of the kernels and of the Python that builds the graph."""
     package = Path(__file__).parent
-    files = [*kernels_path().glob("*.mojo"), *(package / "ops").glob("*.py"), package / "models" / "qwen3.py"]
+    files = [*kernels_path().glob("*.mojo"), *(package / "ops").glob("*.py"), *(package / "models").glob("qwen3*.py")]
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda f: f.name):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")

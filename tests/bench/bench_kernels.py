@@ -47,7 +47,7 @@ MATRICES = {"qkv": (1024, 4096), "o": (2048, 1024), "gate_up": (1024, 6144), "do
 CASES: list[tuple[str, str, Shape]] = [
     ("embedding", "512 tokens", {"H": HIDDEN, "T": 512, "V": 32768}),
     ("add_rms_norm", "512 tokens", {"H": HIDDEN, "T": 512}),
-    ("add_rms_norm_rows", "256 of 512", {"H": HIDDEN, "T": 512, "R": 256}),
+    ("take_rows", "256 of 512", {"A": 2 * HIDDEN, "H": HIDDEN, "T": 512, "R": 256}),
     ("silu_mul", "512 tokens", {"I": INTER, "T": 512}),
     ("qk_norm_rope_store", "512 tokens", {**HEADS, "T": 512}),
     *(

@@ -48,7 +48,7 @@ def calls(case: Case, static: Shape) -> dict[str, Shape]:
     """What is timed of an instance, by a label: batches that decode, and prompts."""
     if case.name == "paged_attention":
         return {label: {"requests": requests} for label, requests in _CONTEXTS.items()}
-    if case.name == "add_rms_norm_rows":
+    if case.name == "take_rows":
         return {f"{rows} of 2048": {"T": 2048, "R": rows} for rows in (4, 256)}
     prompts = {"linear": () if static.get("wide") else (2048, 8192)}.get(case.name, (2048,))
     rows, table = (*_DECODE, *prompts), {"V": 8192} if case.name == "embedding" else {}

@@ -38,8 +38,12 @@ def norm_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
     if s["T"] > 2:
         residual[1] = -x[1]  # a sum of exactly zero
     weight = round_to(dtype, 1 + 0.5 * rng.standard_normal(s["H"]))
-    rows = {"rows": rng.integers(0, s["T"], s["R"]).astype(np.int32)} if "R" in s else {}
-    return {"x": x, "residual": residual, "weight": weight, **rows}
+    return {"x": x, "residual": residual, "weight": weight}
+
+
+def take_rows_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
+    rows = rng.integers(0, s["T"], s["R"]).astype(np.int32)
+    return {"a": normal(rng, dtype, s["T"], s["A"]), "b": normal(rng, dtype, s["T"], s["H"]), "rows": rows}
 
 
 def silu_mul_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:

@@ -90,7 +90,11 @@ def _attention(static: Shape) -> list[Shape]:
 CASES = (
     Case("embedding", lambda m: [{"H": m.hidden}], _rows("T", V=1003)),
     Case("add_rms_norm", lambda m: [{"H": m.hidden}], _rows("T")),
-    Case("add_rms_norm_rows", lambda m: [{"H": m.hidden}], lambda s: [{"T": 300, "R": rows} for rows in BATCHES]),
+    Case(
+        "take_rows",
+        lambda m: [{"A": m.heads * m.head_dim, "H": m.hidden}],
+        lambda s: [{"T": 300, "R": rows} for rows in BATCHES],
+    ),
     Case("silu_mul", lambda m: [{"I": m.inter}], _rows("T")),
     Case(
         "norm_linear",

@@ -26,6 +26,7 @@ from kernels.inputs import (
     rope_attention_inputs,
     silu_mul_inputs,
     store_inputs,
+    take_rows_inputs,
 )
 from support.reference import (
     Arithmetic,
@@ -122,8 +123,8 @@ def _add_rms_norm(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
     return {"y": rms_norm(a, total, x["weight"], EPS), "residual_out": total}
 
 
-def _add_rms_norm_rows(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
-    return {"y": rms_norm(a, a.store(x["x"] + x["residual"])[x["rows"]], x["weight"], EPS)}
+def _take_rows(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
+    return {"a_rows": a(x["a"])[x["rows"]], "b_rows": a(x["b"])[x["rows"]]}
 
 
 def _silu_mul(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
@@ -222,13 +223,14 @@ SPECS = (
         frozenset({"residual_out"}),
     ),
     KernelSpec(
-        "add_rms_norm_rows",
-        ({"H": 1024}, {"H": 95}),
+        "take_rows",
+        ({"A": 2048, "H": 1024}, {"A": 64, "H": 95}, {"A": 3, "H": 16}),
         tuple({"T": tokens, "R": rows} for tokens, rows in ((1, 0), (1, 1), (17, 3), (5, 16))),
-        norm_inputs,
-        _add_rms_norm_rows,
-        lambda s, size: 3 * s["R"] * s["H"] * size,
-        lambda s: 5 * s["R"] * s["H"],
+        take_rows_inputs,
+        _take_rows,
+        lambda s, size: 2 * s["R"] * (s["A"] + s["H"]) * size,
+        lambda s: 0,
+        frozenset({"a_rows", "b_rows"}),
     ),
     KernelSpec(
         "silu_mul",

@@ -8,8 +8,9 @@ from mili.ops.activation import silu_mul
 from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_norm_rope_store, rope_attention
 from mili.ops.embedding import embedding
 from mili.ops.linear import linear, linear_weight_shape
-from mili.ops.norm import add_rms_norm, add_rms_norm_rows
+from mili.ops.norm import add_rms_norm
 from mili.ops.norm_linear import norm_linear, norm_linear_silu_mul
+from mili.ops.take_rows import take_rows
 
 CPU, F32, BF16, I32 = DeviceRef.CPU(), DType.float32, DType.bfloat16, DType.int32
 Given = tuple[DType, tuple[int | str, ...]]
@@ -45,15 +46,15 @@ def test_norm(change: dict[str, Given], message: str) -> None:
     refused(lambda **x: add_rms_norm(**x, eps=1e-6), message, **{"x": ROW, "residual": ROW, "weight": GAIN, **change})
 
 
-def test_norm_of_rows() -> None:
-    refused(
-        lambda **x: add_rms_norm_rows(**x, eps=1e-6),
-        "add_rms_norm_rows: rows has dtype int64, expected int32",
-        x=ROW,
-        residual=ROW,
-        rows=(DType.int64, ("R",)),
-        weight=GAIN,
-    )
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"b": (BF16, ("T", 64))}, "take_rows: b has dtype bfloat16, expected float32"),
+        ({"rows": (DType.int64, ("R",))}, "take_rows: rows has dtype int64, expected int32"),
+    ],
+)
+def test_take_rows(change: dict[str, Given], message: str) -> None:
+    refused(take_rows, message, **{"a": ROW, "b": ROW, "rows": (I32, ("R",)), **change})
 
 
 @pytest.mark.parametrize(

@@ -97,17 +97,6 @@ def test_a_row_is_the_same_alone_and_in_a_crowd(cpu_kernels: Kernels, name: str)
                 check_same_bits(crowd[cache][LAYER, page, :, offset], some[cache][LAYER, page, :, offset], cache)
 
 
-def test_a_chosen_row_of_the_last_norm_is_the_same_whatever_else_is_chosen(cpu_kernels: Kernels) -> None:
-    spec = BY_NAME["add_rms_norm_rows"]
-    for static in spec.statics:
-        shape = {**static, "T": 20, "R": 9}
-        x = inputs(spec, cpu_kernels, shape)
-        crowd = cpu_kernels.run(spec.name, shape, x)["y"]
-        for i in range(9):
-            single = cpu_kernels.run(spec.name, shape, {**x, "rows": x["rows"][i : i + 1]})["y"]
-            check_same_bits(crowd[i : i + 1], single, f"row {i}")
-
-
 @heads
 def test_a_request_is_the_same_alone_and_in_a_crowd(cpu_kernels: Kernels, heads: Shape) -> None:
     """The crowd has more tasks than cores can share, so its contexts run in sequence; alone they are split."""

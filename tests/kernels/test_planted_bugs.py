@@ -30,7 +30,7 @@ PAGED = {**HEADS, "requests": ((40, 7), (20, 1), (530, 3), (33, 33))}
 SHAPES: dict[str, Shape] = {
     "embedding": {"H": 34, "T": 17, "V": 64},
     "add_rms_norm": {"H": 95, "T": 17},
-    "add_rms_norm_rows": {"H": 95, "T": 17, "R": 6},
+    "take_rows": {"A": 64, "H": 95, "T": 17, "R": 6},
     "silu_mul": {"I": 45, "T": 17},
     "linear": {"K": 66, "N": 101, "M": 13, "bias": True, "wide": False},
     "norm_linear": {"H": 66, "N": 101, "bias": True, "T": 9},
@@ -63,9 +63,8 @@ def wrong_output(name: str, change: Callable[[Array, Arrays], Array]) -> Bug:
 def no_eps(spec: KernelSpec, x: Arrays, shape: Shape, dtype: str) -> Arrays:
     outputs = spec.compute(naive(dtype), x, shape)
     total = round_to(dtype, x["x"] + x["residual"])
-    rows = total[x["rows"]] if "rows" in x else total
     with np.errstate(invalid="ignore"):
-        return {**outputs, "y": np.nan_to_num(rms_norm(naive(dtype), rows, x["weight"], 0.0))}
+        return {**outputs, "y": np.nan_to_num(rms_norm(naive(dtype), total, x["weight"], 0.0))}
 
 
 def bf16_sums(spec: KernelSpec, x: Arrays, shape: Shape, dtype: str) -> Arrays:
@@ -137,10 +136,10 @@ BUGS: dict[str, dict[str, Bug]] = {
         "the old residual": wrong_output("residual_out", lambda y, x: x["residual"]),
         "one element of the tail missing": wrong_output("y", lambda y, x: np.where(np.arange(95) == 94, 0, y)),
     },
-    "add_rms_norm_rows": {
+    "take_rows": {
         "the first rows": wrong_inputs(lambda x: {"rows": np.arange(6)}),
-        "no eps": no_eps,
-        "rows of the residual only": wrong_inputs(lambda x: {"x": np.zeros_like(x["x"])}),
+        "one element of the tail missing": wrong_output("b_rows", lambda y, x: np.where(np.arange(95) == 94, 0, y)),
+        "other rows of the second": wrong_output("b_rows", lambda y, x: y[::-1]),
     },
     "silu_mul": {
         "up first": wrong_inputs(lambda x: {"gate_up": np.roll(x["gate_up"], 45, axis=1)}),

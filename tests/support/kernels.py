@@ -21,8 +21,9 @@ from mili.ops.activation import silu_mul
 from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_norm_rope_store, rope_attention
 from mili.ops.embedding import embedding
 from mili.ops.linear import linear, linear_weight_shape
-from mili.ops.norm import add_rms_norm, add_rms_norm_rows
+from mili.ops.norm import add_rms_norm
 from mili.ops.norm_linear import norm_linear, norm_linear_silu_mul
+from mili.ops.take_rows import take_rows
 from support.graphs import compiled_graph
 from support.reference import Array, Arrays
 
@@ -38,7 +39,7 @@ MATRICES = ("table", "weight")  # in panels on the CPU when they have two dims
 OUTPUTS = {
     "embedding": ("hidden", "zeros"),
     "add_rms_norm": ("y", "residual_out"),
-    "add_rms_norm_rows": ("y",),
+    "take_rows": ("a_rows", "b_rows"),
     "silu_mul": ("y",),
     "linear": ("y",),
     "norm_linear": ("y", "residual_out"),
@@ -237,10 +238,11 @@ def _ports(name: str, s: Statics, dtype: DType, on_cpu: bool) -> dict[str, Port]
     i32, f32 = DType.int32, DType.float32
     if name == "embedding":
         return {"token_ids": (i32, ("T",)), "table": (dtype, ("V", s["H"] * PANEL if on_cpu else s["H"]))}
-    if name in ("add_rms_norm", "add_rms_norm_rows"):
+    if name == "add_rms_norm":
         hidden = s["H"]
-        rows: dict[str, Port] = {"rows": (i32, ("R",))} if name.endswith("rows") else {}
-        return {"x": (dtype, ("T", hidden)), "residual": (dtype, ("T", hidden)), "weight": (dtype, (hidden,)), **rows}
+        return {"x": (dtype, ("T", hidden)), "residual": (dtype, ("T", hidden)), "weight": (dtype, (hidden,))}
+    if name == "take_rows":
+        return {"a": (dtype, ("T", s["A"])), "b": (dtype, ("T", s["H"])), "rows": (i32, ("R",))}
     if name == "silu_mul":
         return {"gate_up": (dtype, ("T", 2 * s["I"]))}
     if name == "linear":
@@ -296,7 +298,7 @@ def _place(name: str, s: Statics, x: dict[str, Any]) -> list[TensorValue]:
     calls: dict[str, Callable[[], Any]] = {
         "embedding": lambda: embedding(**x, hidden_size=s["H"]),
         "add_rms_norm": lambda: add_rms_norm(**x, eps=EPS),
-        "add_rms_norm_rows": lambda: add_rms_norm_rows(**x, eps=EPS),
+        "take_rows": lambda: take_rows(**x),
         "silu_mul": lambda: silu_mul(**x),
         "norm_linear": lambda: norm_linear(**x, out_features=s["N"], eps=EPS, **way),
         "norm_linear_silu_mul": lambda: norm_linear_silu_mul(**x, width=s["I"], eps=EPS, **way),

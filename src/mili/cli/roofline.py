@@ -45,10 +45,16 @@ def decode_step(model: ModelConfig, dtype: str, batch: int, context: float) -> W
 
 
 def prefill(model: ModelConfig, dtype: str, lengths: Sequence[int]) -> Work:
-    """Prompts of these lengths, in one step; logits for the last row of each."""
-    tokens = sum(lengths)
-    seen = sum(length * (length + 1) / 2 for length in lengths)  # keys that rows attend to
-    flops = tokens * _layer_flops(model) + len(lengths) * _head_flops(model) + _attention_flops(model, seen)
+    """Prompts of these lengths, in one step; logits for the last row of each.
+
+    In the last layer the other rows must leave their keys and values, and nothing else.
+    """
+    tokens, prompts, above = sum(lengths), len(lengths), 1 - 1 / model.num_hidden_layers
+    seen = sum(length * (length + 1) / 2 for length in lengths)  # keys that rows attend to in a layer above
+    rows = above * tokens * _layer_flops(model) + (1 - above) * prompts * _layer_flops(model)
+    stored = (tokens - prompts) * 4 * model.hidden_size * model.num_key_value_heads * model.head_dim
+    attended = above * _attention_flops(model, seen) + (1 - above) * _attention_flops(model, tokens)
+    flops = rows + stored + attended + prompts * _head_flops(model)
     return Work(_weights(model, dtype, tokens) + tokens * kv_bytes_per_token(model, dtype), flops)
 
 

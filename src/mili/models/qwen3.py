@@ -2,9 +2,10 @@
 
 Attribute and weight names spell exactly like checkpoint keys; fused weights are named for what they fuse. Knows the
 network and the order of a step's inputs; knows no files, no requests and no device memory. Invariant: every dim that
-changes from step to step is symbolic, so the same compiled graphs serve prefill, decode and any mix, and the layers are
-calls of one subgraph, so compile time does not grow with depth. There are two because what a step samples with may be
-made while `forward` runs, and to compile them side by side; R rows of H numbers are the least that can lie between.
+changes from step to step is symbolic, so the same compiled graphs serve prefill, decode and any mix, and all layers
+but the last are calls of one subgraph, so compile time does not grow with depth. There are two because what a step
+samples with may be made while `forward` runs, and to compile them side by side; R rows of H numbers are the least that
+can lie between.
 """
 
 from collections.abc import Callable
@@ -15,13 +16,14 @@ from max.dtype import DType
 from max.graph import BufferType, BufferValue, DeviceRef, Graph, TensorType, TensorValue, ops
 
 from mili.config import ModelConfig
+from mili.models.qwen3_layer import Step, attend, feed_forward
 from mili.ops._call import kernels_path
-from mili.ops.attention import CacheView, kv_cache_shapes, rope_attention
+from mili.ops.attention import kv_cache_shapes
 from mili.ops.embedding import embedding
 from mili.ops.linear import linear, linear_weight_shape
-from mili.ops.norm import add_rms_norm_rows
-from mili.ops.norm_linear import norm_linear, norm_linear_silu_mul
+from mili.ops.norm import add_rms_norm
 from mili.ops.sampling import sample
+from mili.ops.take_rows import take_rows
 
 __all__ = ["FORWARD_INPUTS", "SAMPLER_INPUTS", "WeightSpec", "build_forward", "build_sampler", "weight_specs"]
 
@@ -88,25 +90,6 @@ def _layer_table(config: ModelConfig) -> dict[str, tuple[tuple[str, ...], tuple[
     return table
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """The values every layer reads."""
-
-    cos_sin: TensorValue
-    positions: TensorValue
-    slots: TensorValue
-    page_table: TensorValue
-    query_starts: TensorValue
-    seq_lens: TensorValue
-    max_query_len: TensorValue
-    max_seq_len: TensorValue
-    k_cache: BufferValue
-    v_cache: BufferValue
-
-    def values(self) -> list[TensorValue | BufferValue]:
-        return [getattr(self, name) for name in _Step.__slots__]
-
-
 def build_forward(
     config: ModelConfig,
     dtype: DType,
@@ -147,21 +130,28 @@ def build_forward(
             name: value.buffer if isinstance(types[name], BufferType) else value.tensor
             for name, value in zip(types, graph.inputs, strict=True)
         }
-        step = _Step(**{name: given[name] for name in _Step.__slots__})  # type: ignore[arg-type]
+        step = Step(**{name: given[name] for name in Step.__slots__})  # type: ignore[arg-type]
         table = _weight("model.embed_tokens.weight", (config.vocab_size, config.hidden_size), dtype, device)
         x, residual = embedding(_tensor(given["token_ids"]), table, config.hidden_size)
         layer_graph: Graph | None = None
         # --8<-- [start:calls]
-        for number in range(config.num_hidden_layers):
+        last = config.num_hidden_layers - 1
+        for number in range(last):
             layer = ops.constant(number, i32, device=DeviceRef.CPU())
             if layer_graph is None:
                 layer_graph = _layer_graph(graph, config, dtype, device, step, x, layer, batch_invariant)
             outputs = ops.call(layer_graph, x, residual, layer, *step.values(), prefix=f"model.layers.{number}.")
             x, residual = outputs[0].tensor, outputs[1].tensor
+        # Behind the last attention nobody reads the other rows: of a prompt, all but its last token's.
+        weights = _layer_weights(config, dtype, device, f"model.layers.{last}.")
+        layer = ops.constant(last, i32, device=DeviceRef.CPU())
+        attended, residual = attend(config, weights, x, residual, layer, step, batch_invariant)
+        attended, residual = take_rows(attended, residual, _tensor(given["logit_rows"]))
+        x, residual = feed_forward(config, weights, attended, residual, batch_invariant)
         # --8<-- [end:calls]
         norm = _weight("model.norm.weight", (config.hidden_size,), dtype, device)
-        last = add_rms_norm_rows(x, residual, _tensor(given["logit_rows"]), norm, config.rms_norm_eps)
-        graph.output(last)
+        hidden, _ = add_rms_norm(x, residual, norm, config.rms_norm_eps)
+        graph.output(hidden)
     return graph
 
 
@@ -198,7 +188,7 @@ def _layer_graph(
     config: ModelConfig,
     dtype: DType,
     device: DeviceRef,
-    step: _Step,
+    step: Step,
     x: TensorValue,
     layer: TensorValue,
     batch_invariant: bool,
@@ -209,78 +199,22 @@ def _layer_graph(
     with graph.add_subgraph("qwen3_layer", input_types=types, custom_extensions=graph.kernel_libraries_paths) as sub:
         inputs = list(sub.inputs)
         rest = [v.buffer if isinstance(t, BufferType) else v.tensor for v, t in zip(inputs[3:], types[3:], strict=True)]
-        inner = _Step(*rest)  # type: ignore[arg-type]
-        weights = {
-            name: _weight(name, shape, dtype, device, placeholder=True)
-            for name, (_, shape) in _layer_table(config).items()
-        }
+        inner = Step(*rest)  # type: ignore[arg-type]
+        weights = _layer_weights(config, dtype, device)
         x, residual, layer = (value.tensor for value in inputs[:3])
-        sub.output(*_layer(config, weights, x, residual, layer, inner, batch_invariant))
+        attended, residual = attend(config, weights, x, residual, layer, inner, batch_invariant)
+        sub.output(*feed_forward(config, weights, attended, residual, batch_invariant))
     return sub
 
 
-def _layer(
-    config: ModelConfig,
-    weights: dict[str, TensorValue],
-    x: TensorValue,
-    residual: TensorValue,
-    layer: TensorValue,
-    step: _Step,
-    batch_invariant: bool,
-) -> tuple[TensorValue, TensorValue]:
-    """x [T, H] is what the previous block adds to the residual stream [T, H]; the adds happen inside the norms."""
-    # --8<-- [start:layer]
-    head_dim, eps = config.head_dim, config.rms_norm_eps
-    cache = CacheView(step.k_cache, step.v_cache, layer)
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    qkv, residual = norm_linear(
-        x,
-        residual,
-        weights["input_layernorm.weight"],
-        weights["self_attn.qkv_proj.weight"],
-        heads * head_dim,
-        eps,
-        weights.get("self_attn.qkv_proj.bias"),
-        batch_invariant=batch_invariant,
-    )
-    q_norm, k_norm = weights["self_attn.q_norm.weight"], weights["self_attn.k_norm.weight"]
-    attended = rope_attention(
-        qkv,
-        q_norm,
-        k_norm,
-        step.cos_sin,
-        step.positions,
-        step.slots,
-        cache,
-        step.page_table,
-        step.query_starts,
-        step.seq_lens,
-        step.max_query_len,
-        step.max_seq_len,
-        eps,
-        head_dim**-0.5,
-        batch_invariant=batch_invariant,
-    )
-    x = linear(
-        attended,
-        weights["self_attn.o_proj.weight"],
-        config.hidden_size,
-        weights.get("self_attn.o_proj.bias"),
-        batch_invariant=batch_invariant,
-        ahead=(weights["mlp.gate_up_proj.weight"], weights["mlp.down_proj.weight"]),
-    )
-    x, residual = norm_linear_silu_mul(
-        x,
-        residual,
-        weights["post_attention_layernorm.weight"],
-        weights["mlp.gate_up_proj.weight"],
-        config.intermediate_size,
-        eps,
-        batch_invariant=batch_invariant,
-    )
-    x = linear(x, weights["mlp.down_proj.weight"], config.hidden_size, batch_invariant=batch_invariant)
-    return x, residual
-    # --8<-- [end:layer]
+def _layer_weights(
+    config: ModelConfig, dtype: DType, device: DeviceRef, prefix: str | None = None
+) -> dict[str, TensorValue]:
+    """The weights of layer `prefix`, or those that each call of a subgraph names by a prefix of its own."""
+    return {
+        name: _weight((prefix or "") + name, shape, dtype, device, placeholder=prefix is None)
+        for name, (_, shape) in _layer_table(config).items()
+    }
 
 
 def _weight(
