@@ -19,6 +19,7 @@ from max.driver import CPU, Device
 
 from bench import gpu
 from kernels.model_shapes import model_instances
+from kernels.sanitize import Race
 from kernels.specs import DTYPES, instances
 from kernels.test_batch_invariant import invariant_instances
 from kernels.test_sampling import Sampler
@@ -34,6 +35,7 @@ def parts(device: Device) -> dict[str, list[Callable[[], object]]]:
         "invariant": [lambda: Kernels("bfloat16", invariant_instances(), device)],
         "sample": [lambda: Sampler(device), lambda: Sampler(CPU(), PORTABLE)],
         "bench": [lambda: gpu.graphs(device)],
+        "fault": [lambda: Race(device)],
     }
 
 
@@ -41,7 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--target", default="sm_90a", help="the GPU's architecture")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="some of: specs, models, invariant, sample, bench")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PART", help="some of: specs, models, invariant, sample, bench, fault"
+    )
     options = parser.parse_args()
     os.environ.pop(CARRIED, None)
     os.environ["MILI_CACHE_DIR"] = str(options.folder)

@@ -3,35 +3,54 @@
     compute-sanitizer --tool memcheck python tests/kernels/sanitize.py [OP ...]     # and --tool racecheck
 
 Needs a GPU, PYTHONPATH=src:tests, and `MILI_TEST_KERNELS` where there is no compiler. Shapes are those of the smallest
-model and small batches, at which every path of a kernel runs and the tools, a hundred times slower, still end.
+model, or of the one that `--model` names, and small batches, at which every path of a kernel runs and the tools, a
+hundred times slower, still end. Small batches come first.
 
 MAX takes device memory in large pieces and hands out parts, so that a tool sees only what lies outside of all of them.
-`MODULAR_DEVICE_CONTEXT_MEMORY_MANAGER_SIZE=0` makes every array an allocation of its own; `--fault` reads past the end
-of one, to prove that the tool sees it.
+`MODULAR_DEVICE_CONTEXT_MEMORY_MANAGER_SIZE=0` makes every array an allocation of its own. `--fault memory` reads past
+the end of one, `--fault race` leaves out a barrier (`faults`): to prove that the tool sees it.
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 from max import driver
+from max.driver import Buffer, Device
+from max.dtype import DType
+from max.engine import InferenceSession
+from max.graph import DeviceRef, Graph, TensorType, ops
 
 from kernels.inputs import Shape
-from kernels.model_shapes import CASES, MODELS, Case, model_instances
+from kernels.model_shapes import CASES, MODELS, VOCAB, Case, model_instances, row_index, tiled
 from kernels.specs import BY_NAME, DTYPES
+from support.graphs import compiled_graph
 from support.kernels import Kernels
 
-LARGEST = 20_000_000  # elements of a weight
-ROWS = (1, 7, 12, 33, 65, 600)  # each takes another path of the product
+# Each number of rows takes another path of the product in one model or the other; a prompt of 600 has several tiles.
+ROWS = (1, 3, 7, 12, 20, 33, 65, 130, 250, 600)
+HEAD_ROWS = (1, 7, 20, 65)
+DECODES = (  # by how many blocks share a request, and how deep their rings are
+    ((1, 1),),
+    ((700, 1),),
+    ((1, 1), (17, 1), (700, 1)),
+    ((200, 1),) * 8,
+    ((300, 1),) * 8,
+    ((300, 1),) * 16,
+    ((300, 1),) * 20,
+)
+PROMPTS = (((65, 65), (1, 1), (300, 3)), ((130, 130),), ((600, 300), (50, 50)))
 
 
 def batches(case: Case, static: Shape, dtype: str) -> list[Shape]:
-    """Some of the case's batches, and the shortest contexts."""
-    if case.name == "paged_attention":
-        decode, mixed = ((1, 1), (17, 1), (700, 1)), ((65, 65), (1, 1), (300, 3))
-        return [{"requests": requests} for requests in (decode, ((600, 1),), mixed, ((130, 130),))]
-    if "K" in static:
-        rows = ROWS if dtype == "bfloat16" else ROWS[1:2]
-        return [{"M": count} for count in rows if static["N"] * static["K"] < LARGEST]
+    """What reaches every path of a kernel with the shortest contexts and the fewest rows."""
+    if case.name in ("paged_attention", "rope_attention"):
+        return [{"requests": requests} for requests in (*DECODES, *PROMPTS)]
+    if case.tiles:
+        rows = ROWS if static.get("N") != VOCAB else HEAD_ROWS
+        return [
+            {"M" if case.name == "linear" else "T": count} for count in (rows if dtype == "bfloat16" else rows[2:3])
+        ]
     found = case.batches(static)
     return [found[0], found[2], found[3], found[-1]]
 
@@ -43,13 +62,40 @@ def read_past_the_end(kernels: Kernels, static: Shape) -> None:
     kernels.run("embedding", shape, {**inputs, "token_ids": np.array([1003], np.int32)})
 
 
+class Race:
+    """The kernel that lacks a barrier."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._session = InferenceSession(devices=[device])
+        source = str(Path(__file__).parent / "faults" / "__init__.mojo")
+        self._compiled = compiled_graph(self._session, device, "race", source, (), self._graph)
+
+    def run(self) -> None:
+        """Once."""
+        x = Buffer.from_numpy(np.arange(256, dtype=np.int32)).to(self.device)
+        self._session.init(self._compiled).execute(x)
+        self.device.synchronize()
+
+    def _graph(self) -> Graph:
+        kind = TensorType(DType.int32, [256], DeviceRef.from_device(self.device))
+        with Graph("race", input_types=[kind], custom_extensions=[Path(__file__).parent / "faults"]) as graph:
+            graph.output(ops.custom("fault.race", kind.device, [graph.inputs[0].tensor], [kind])[0])
+        return graph
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help="only these")
-    parser.add_argument("--fault", action="store_true", help="make one mistake instead")
+    parser.add_argument("--model", choices=MODELS, default="0.6B", help="whose shapes")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=tuple(reversed(DTYPES)), help="only these")
+    parser.add_argument("--fault", choices=("memory", "race"), help="make one mistake instead")
     options = parser.parse_args()
-    model = MODELS["0.6B"]
-    for dtype in reversed(DTYPES):  # the one that matters first
+    model = MODELS[options.model]
+    if options.fault == "race":
+        Race(driver.Accelerator()).run()
+        return
+    for dtype in options.dtype:  # by default the one that matters first
         kernels = Kernels(dtype, model_instances(), driver.Accelerator())
         if options.fault:
             read_past_the_end(kernels, {"H": model.hidden})
@@ -58,8 +104,8 @@ def main() -> None:
             for static in case.statics(model):
                 for batch in batches(case, static, dtype):
                     shape = {**static, **batch}
-                    inputs = BY_NAME[case.name].inputs(np.random.default_rng(0), shape, dtype)
-                    kernels.run(case.name, shape, inputs)
+                    inputs = BY_NAME[case.name].inputs(np.random.default_rng(0), {**shape, **case.tiles}, dtype)
+                    kernels.run(case.name, shape, tiled(case, inputs, row_index(case, shape, 0)))
                     print(dtype, case.name, shape, flush=True)
 
 
