@@ -160,9 +160,10 @@ def bench_gpu(options: argparse.Namespace) -> None:
                     continue
                 seen.append(static)
                 dims = " ".join(str(value) for key, value in static.items() if key not in ("S", "bias", "wide"))
+                held: dict[str, Any] = {}
                 for label, batch in gpu.calls(case, static).items():
                     shape = {**static, **batch}
-                    us = 1e6 * gpu.time_case(kernels, case, shape)
+                    us = 1e6 * gpu.time_case(kernels, case, shape, held=held)
                     moved, flops = spec.bytes_moved(shape, 2), spec.flops(shape)
                     table.add(case.name, f"{size} {dims}, {label}", us, moved / us / 1e3, flops / us / 1e3)
     if options.kernel in (None, "sample"):

@@ -33,26 +33,26 @@ SQUARE = {"K": 8192, "N": 8192, "bias": False, "wide": False}  # the largest pro
 READ_BYTES = 132 * 1024 * 16 * 8 * 64  # 1.1 GB
 
 _DECODE = (1, 64, 256)
-_ROWS = {"embedding": "T", "add_rms_norm": "T", "silu_mul": "T", "qk_norm_rope_store": "T", "linear": "M"}
 _CONTEXTS = {
     "1 on 512": ((512, 1),),
     "64 on 512": ((512, 1),) * 64,
     "256 on 512": ((512, 1),) * 256,
     "1 on 32768": ((32_768, 1),),
-    "prompts 16 x 512": ((512, 512),) * 16,
-    "prompt 2048": ((2048, 2048),),
 }
+_PROMPTS = {"prompts 16 x 512": ((512, 512),) * 16, "prompt 2048": ((2048, 2048),)}
 
 
 def calls(case: Case, static: Shape) -> dict[str, Shape]:
     """What is timed of an instance, by a label: batches that decode, and prompts."""
-    if case.name == "paged_attention":
-        return {label: {"requests": requests} for label, requests in _CONTEXTS.items()}
+    attention = {"paged_attention": _PROMPTS, "rope_attention": {**_CONTEXTS, **_PROMPTS}}  # the first decodes nowhere
+    if case.name in attention:
+        return {label: {"requests": requests} for label, requests in attention[case.name].items()}
     if case.name == "take_rows":
         return {f"{rows} of 2048": {"T": 2048, "R": rows} for rows in (4, 256)}
-    prompts = {"linear": () if static.get("wide") else (2048, 8192)}.get(case.name, (2048,))
+    large = {"linear": () if static.get("wide") else (2048, 8192), "norm_linear_silu_mul": (2048, 8192)}
+    prompts = large.get(case.name, (2048,))
     rows, table = (*_DECODE, *prompts), {"V": 8192} if case.name == "embedding" else {}
-    return {f"{count} rows": {_ROWS[case.name]: count, **table} for count in rows}
+    return {f"{count} rows": {"M" if case.name == "linear" else "T": count, **table} for count in rows}
 
 
 def instances() -> list[tuple[str, Shape]]:
@@ -90,11 +90,17 @@ def time_call(kernels: Kernels, name: str, shape: Shape, inputs: Mapping[str, An
     return seconds
 
 
-def time_case(kernels: Kernels, case: Case, shape: Shape, copies: int = COPIES) -> float:
-    """Seconds of one instance at `shape`, on random operands."""
+def time_case(
+    kernels: Kernels, case: Case, shape: Shape, copies: int = COPIES, held: dict[str, Buffer] | None = None
+) -> float:
+    """Seconds of one instance at `shape`, on random operands; `held` keeps its weight for the next batch."""
     few = {**shape, **case.tiles}
     inputs = BY_NAME[case.name].inputs(np.random.default_rng(0), few, kernels.dtype)
     given = tiled(case, inputs, row_index(case, shape, 0))
+    if case.tiles and held is not None:
+        given["weight"] = held["weight"] = held.get("weight") or kernels.put(
+            case.name, shape, "weight", given["weight"]
+        )
     return time_call(kernels, case.name, shape, given, BY_NAME[case.name].bytes_moved(shape, 2), copies)
 
 
