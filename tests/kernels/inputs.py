@@ -93,10 +93,12 @@ def attention_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
     k, v = np.full(cache, np.nan, np.float32), np.full(cache, np.nan, np.float32)
     for b, (length, _) in enumerate(requests):
         page_table[b, : needed[b]] = ids[sum(needed[:b]) : sum(needed[: b + 1])]
-        for i, page in enumerate(page_table[b, : needed[b]]):
-            used = min(page_size, length - i * page_size)
-            k[LAYER, page, :, :used] = normal(rng, dtype, s["Hkv"], used, s["D"])
-            v[LAYER, page, :, :used] = normal(rng, dtype, s["Hkv"], used, s["D"])
+        full, rest = divmod(length, page_size)
+        whole = normal(rng, dtype, full, 2, s["Hkv"], page_size, s["D"])
+        k[LAYER, page_table[b, :full]], v[LAYER, page_table[b, :full]] = whole[:, 0], whole[:, 1]
+        if rest:
+            for values in (k, v):
+                values[LAYER, page_table[b, full], :, :rest] = normal(rng, dtype, s["Hkv"], rest, s["D"])
     rows = [query_len for _, query_len in requests]
     return {
         "q": round_to(dtype, normal(rng, dtype, sum(rows), s["Hq"] * s["D"]) * row_scales(rng, sum(rows), -1, 0.3)),
