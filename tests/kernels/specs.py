@@ -168,8 +168,13 @@ def _attention(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
 
 
 def _rope_attention(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
-    stored = {name: a.store(values) for name, values in _store(a, x, s).items()}  # q and k are rounded before they meet
-    return {**_attention(a, {**x, **stored}, s), "v_cache": stored["v_cache"]}
+    made = _store(a, x, s)
+    at = int(x["layer"]), x["slots"] // s["S"], slice(None), x["slots"] % s["S"]
+    stored = {"q": a.store(made["q"])}  # q and k are rounded before they meet
+    for name in ("k_cache", "v_cache"):  # all but the new slots is rounded already
+        stored[name] = x[name].copy()
+        stored[name][at] = a.store(made[name][at])
+    return _attention(a, {**x, **stored}, s)
 
 
 def _keys_seen(requests: tuple[tuple[int, int], ...]) -> int:
