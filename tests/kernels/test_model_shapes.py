@@ -1,9 +1,12 @@
-"""Every kernel at the shapes of real models, on a GPU; and, without one, that few rows can stand for many."""
+"""Every kernel at the shapes of real models, on a GPU; and, without one, that few rows can stand for many, and that
+what is timed and what is watched there knows every op."""
 
 import numpy as np
 import pytest
 from max import driver
 
+from bench import gpu
+from kernels import sanitize
 from kernels.model_shapes import CASES, MODELS, Case, check, differences, model_instances, row_index
 from kernels.specs import BY_NAME, DTYPES
 from support.kernels import Kernels
@@ -47,3 +50,11 @@ def test_few_rows_stand_for_many(case: Case, dtype: str) -> None:
                 swap[[0, other]] = other, 0
                 wrong = {**outputs, name: outputs[name].take(swap, axis)}
                 assert differences(case, few, index, inputs, wrong, dtype), f"{name}, axis {axis}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_op_has_calls_to_time_and_to_watch(case: Case) -> None:
+    spec = BY_NAME[case.name]
+    for static in case.statics(MODELS["8B"]):
+        for batch in (*gpu.calls(case, static).values(), *sanitize.batches(case, static, "bfloat16")):
+            assert spec.bytes_moved({**static, **batch}, 2) > 0
