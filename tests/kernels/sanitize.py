@@ -88,14 +88,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help="only these")
     parser.add_argument("--model", choices=MODELS, default="0.6B", help="whose shapes")
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=tuple(reversed(DTYPES)), help="only these")
+    parser.add_argument("--dtype", choices=DTYPES, help="only this one")
     parser.add_argument("--fault", choices=("memory", "race"), help="make one mistake instead")
     options = parser.parse_args()
     model = MODELS[options.model]
     if options.fault == "race":
         Race(driver.Accelerator()).run()
         return
-    for dtype in options.dtype:  # by default the one that matters first
+    for dtype in (options.dtype,) if options.dtype else reversed(DTYPES):  # the one that matters first
         kernels = Kernels(dtype, model_instances(), driver.Accelerator())
         if options.fault:
             read_past_the_end(kernels, {"H": model.hidden})
