@@ -6,7 +6,8 @@ products. Scores and outputs stay in registers, and the scores of one product ar
 """
 
 from ._paged_attention_gpu_math import LOG2E, VEC, _inverse, _quad_sum
-from ._paged_attention_gpu_prefill_parts import HALF, ROWS, STAGES, SW, TILE, _pack, _pin, _release, _Shared, _softmax
+from ._paged_attention_gpu_prefill_parts import HALF, RECORDS, ROWS, STAGES, SW, TILE
+from ._paged_attention_gpu_prefill_parts import _here, _pack, _pin, _release, _Shared, _softmax
 from ._prelude import *
 from max.gpu import syncwarp
 from max.gpu.compute.mma import (
@@ -22,7 +23,14 @@ from max.gpu.sync import named_barrier, named_barrier_arrive
 @always_inline
 def _attend[
     dtype: DType, head_dim: Int, scale: Float32
-](shared: _Shared[dtype, head_dim], lane: Int, output: Ptr[dtype], num_q_heads: Int32, group: Int, group_inverse: UInt64):
+](
+    shared: _Shared[dtype, head_dim],
+    lane: Int,
+    output: Ptr[dtype],
+    num_kv_heads: Int32,
+    group: Int32,
+    group_inverse: UInt32,
+):
     """All items of the block, as the producers bring them."""
     comptime TILE_SIZE = TILE * head_dim
     comptime Q_SIZE = ROWS * head_dim
@@ -46,12 +54,12 @@ def _attend[
 
     @always_inline
     def scores(slot: Int, stage: Int) {mut s, imm}:
-        var a = WGMMADescriptor[dtype].create[64, 1, SW](shared.q.unsafe_offset(slot * Q_SIZE + wg * 64 * head_dim))
+        var a = WGMMADescriptor[dtype].create[64, 1, SW](shared.q.unsafe_offset(slot * Q_SIZE + wg * 64 * HALF))
         var b = WGMMADescriptor[dtype].create[OCTET * 2 // 16, 1, SW](shared.k.unsafe_offset(stage * TILE_SIZE))
         _pin(s)
         wgmma_fence_aligned()
         comptime for k in range(head_dim // 16):
-            comptime at_a = (k // 4 * (64 * HALF) + k % 4 * 16) * 2
+            comptime at_a = (k // 4 * (ROWS * HALF) + k % 4 * 16) * 2
             comptime at_b = (k // 4 * (8 * HALF) + k % 4 * 16) * 2
             s = wgmma_async[64, TILE, 16, a_type=dtype, b_type=dtype, scale_d=0 if k == 0 else 1](
                 a + at_a, b + at_b, s
@@ -72,38 +80,41 @@ def _attend[
         wgmma_commit_group_sync()
 
     @always_inline
-    def store(slot: Int, l: Array[Float32, 2]) {imm}:
-        # The item's queries are not needed any more: each warp turns its outputs into whole rows in their place.
-        var group_q = shared.q.unsafe_offset(slot * Q_SIZE + wg * 64 * head_dim)
-        var item = shared.items.unsafe_offset(slot * 8)
-        var first_token = Int(item[unsafe_offset=1])
-        var first_row = Int(item[unsafe_offset=2])
-        var last_row = Int(item[unsafe_offset=3])
-        var first_head = Int(item[unsafe_offset=5]) * group
-        named_barrier[128](Int32(4 + wg))
+    def token_of(row: Int) {imm} -> UInt32:
+        """Of a row of an item: a division by the group, without dividing."""
+        return UInt32(row) * group_inverse >> 16
+
+    @always_inline
+    def store(round: Int, l: Array[Float32, 2]) {imm}:
+        """Each warp turns its outputs into whole rows, in shared memory of its own."""
+        var mine = shared.o.unsafe_offset(warp_row * head_dim)
+        var here = _here(lane)  # or the compiler would keep addresses in registers that the loop over keys needs
+        var at = here // 4 * (head_dim + VEC) + here % 4 * 2
         comptime for h in range(2):
             var factor = _inverse(_quad_sum(l[h]))
-            var row = warp_row % 64 + h * 8 + lane // 4
             comptime for n in range(head_dim // 8):
                 var pair = SIMD[F32, 2](o[n * 4 + h * 2], o[n * 4 + h * 2 + 1]) * factor
-                var at = n // 8 * (64 * HALF) + row * HALF + ((n % 8) ^ (row % 8)) * VEC + lane % 4 * 2
-                group_q.unsafe_store[alignment=4](at, pair.cast[dtype]())
+                mine.unsafe_store[alignment=4]((at ^ (n % 8 * VEC)) + n // 8 * HALF + h * 8 * head_dim, pair.cast[dtype]())
         syncwarp()
-        comptime WARP_ROWS = WARP_SIZE // ROW_VECS
-        comptime for i in range(16 // WARP_ROWS):
-            var row = warp_row + lane // ROW_VECS + i * WARP_ROWS
-            var c = lane % ROW_VECS
+        comptime LANE_ROWS = WARP_SIZE // ROW_VECS
+        var first_row = here // ROW_VECS
+        var c = here % ROW_VECS
+        at = first_row * head_dim + (c ^ first_row) * VEC
+        var whole = Array[SIMD[dtype, VEC], 16 // LANE_ROWS](fill=0)
+        comptime for i in range(16 // LANE_ROWS):
+            comptime ROW = i * LANE_ROWS
+            whole[i] = mine.unsafe_load[width=VEC, alignment=16]((at ^ (ROW % 8 * VEC)) + ROW * head_dim)
+        syncwarp()
+        var item = shared.items.unsafe_offset(round % RECORDS * 8)
+        var last_row = Int(item[unsafe_offset=2])
+        var first_token = Int(item[unsafe_offset=1]) * Int(num_kv_heads) + Int(item[unsafe_offset=4])
+        var to = output.unsafe_offset(first_token * Int(group) * head_dim + c * VEC)
+        comptime for i in range(16 // LANE_ROWS):
+            var row = warp_row + first_row + i * LANE_ROWS
             if row <= last_row:
-                var at = c // 8 * (64 * HALF) + row % 64 * HALF + ((c % 8) ^ (row % 8)) * VEC
-                var token = Int((UInt64(first_row + row) * group_inverse) >> 32)
-                var head = first_head + first_row + row - token * group
-                output.unsafe_store[alignment=16](
-                    ((first_token + token) * Int(num_q_heads) + head) * head_dim + c * VEC,
-                    group_q.unsafe_load[width=VEC, alignment=16](at),
-                )
-        syncwarp()
-        if lane == 0:
-            _ = shared.empty_q[unsafe_offset=slot].arrive()
+                # Row r of an item is head r % group of token r / group; between tokens are the other KV heads' queries.
+                var skipped = Int32(token_of(row)) * ((num_kv_heads - 1) * group)
+                to.unsafe_store[alignment=16](Int((Int32(row) + skipped) * Int32(head_dim)), whole[i])
 
     # Item by item and tile by tile, the next scores are under way with the last outputs: also from item to item,
     # where the outputs that the first item finds are of no one, and thrown away.
@@ -113,21 +124,14 @@ def _attend[
     while True:
         var slot = turn % 2
         shared.full_q[unsafe_offset=slot].wait(UInt32(turn // 2 & 1))
-        var item = shared.items.unsafe_offset(slot * 8)
+        var item = shared.items.unsafe_offset(turn % RECORDS * 8)
         var tiles = Int(item[unsafe_offset=0])
         if tiles == 0:
             break
-        var first_row = Int(item[unsafe_offset=2])
-        var first_position = Int(item[unsafe_offset=4])
-
-        @always_inline
-        def position_of(row: Int) {imm} -> Int:
-            """A division by the group, without dividing."""
-            return first_position + Int((UInt64(first_row + row) * group_inverse) >> 32)
-
-        var unmasked = (position_of(wg * 64) + 1) // TILE
+        var first_position = item[unsafe_offset=3]
+        var unmasked = (Int(first_position) + Int(token_of(wg * 64)) + 1) // TILE
         comptime for h in range(2):
-            position[h] = Int32(position_of(warp_row + h * 8 + lane // 4))
+            position[h] = first_position + Int32(token_of(warp_row + h * 8 + lane // 4))
         var before_phase = UInt32((count - 1) // STAGES & 1)
         var stage = count % STAGES
         shared.full_k[unsafe_offset=stage].wait(UInt32(count // STAGES & 1))
@@ -140,6 +144,8 @@ def _attend[
         wgmma_wait_group_sync[1]()
         _pin(s)
         _release(shared.empty_k[unsafe_offset=stage])
+        if tiles == 1:
+            _release(shared.empty_q[unsafe_offset=slot])
         var sums = l.copy()
         comptime for h in range(2):
             m[h] = Float32.MIN_FINITE
@@ -150,7 +156,7 @@ def _attend[
         _pin(o)
         if turn > 0:
             _release(shared.empty_v[unsafe_offset=before])
-            store(slot ^ 1, sums)
+            store(turn - 1, sums)
         o = SIMD[F32, O_WIDTH](0)
         p = _pack[dtype](s)
         before = stage
@@ -168,6 +174,8 @@ def _attend[
             wgmma_wait_group_sync[1]()
             _pin(s)
             _release(shared.empty_k[unsafe_offset=stage])
+            if t == tiles - 1:
+                _release(shared.empty_q[unsafe_offset=slot])
             _softmax[FACTOR](t, unmasked, position, s, m, l, fade)
             _pin(s)
             wgmma_wait_group_sync()
@@ -187,4 +195,4 @@ def _attend[
         outputs(before)
         wgmma_wait_group_sync()
         _pin(o)
-        store((turn - 1) % 2, l)
+        store(turn - 1, l)

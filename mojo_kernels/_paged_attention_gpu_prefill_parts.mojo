@@ -13,6 +13,7 @@ comptime THREADS = GROUPS * 128 + 128
 comptime ROWS = GROUPS * 64
 comptime TILE = 128  # keys
 comptime STAGES = 2  # tiles of K, and of V, in flight
+comptime RECORDS = 4  # of items: the one that is multiplied, the one that is stored, and those whose queries are under way
 comptime HALF = 64  # dims of one swizzled half: rows of 128 bytes
 comptime SW = TensorMapSwizzle.SWIZZLE_128B
 comptime NOWHERE = Int32(-(1 << 20))  # a coordinate outside of the cache: the copy engine writes zeros
@@ -23,6 +24,12 @@ def _pin[width: SIMDLength](mut x: SIMD[F32, width]):
     """Ties accumulators to this point of the program: wgmma writes them behind the compiler's back."""
     comptime for i in range(Int(width)):
         x[i] = inlined_assembly["", Float32, constraints="=f,0", has_side_effect=True](x[i])
+
+
+@always_inline
+def _here(x: Int) -> Int:
+    """What is computed from this is computed after it, not before a loop around it."""
+    return Int(inlined_assembly["", Int32, constraints="=r,0", has_side_effect=True](Int32(x)))
 
 
 @always_inline
@@ -55,15 +62,22 @@ comptime _Tma[page_size: Int, head_dim: Int] = TMATensorTile[
 ]
 
 
+comptime _QueryTma = TMATensorTile[BF16, coord[ROWS, 1, 1, HALF]]  # a box has (ROWS // group, group, 1, HALF), set at the launch
+
+
 struct _Shared[dtype: DType, head_dim: Int](TrivialRegisterPassable):
-    """A block's shared memory: two tiles of queries, STAGES of keys and STAGES of values, each with barriers."""
+    """A block's shared memory: two tiles of queries, STAGES of keys and STAGES of values, each with barriers, and outputs."""
 
     comptime Tiles = MutPointer[Scalar[Self.dtype], MutUntrackedOrigin, address_space=AddressSpace.SHARED]
     comptime Barriers = MutPointer[SharedMemBarrier, MutUntrackedOrigin, address_space=AddressSpace.SHARED]
 
+    comptime BYTES = (3 * ROWS + 2 * STAGES * TILE) * Self.head_dim * size_of[Self.dtype]()
+
     var q: Self.Tiles
     var k: Self.Tiles
     var v: Self.Tiles
+    var o: Self.Tiles  # a warp's 16 rows are its own
+    var known: Self.Barriers  # that there is a next item, or none
     var full_q: Self.Barriers
     var empty_q: Self.Barriers
     var full_k: Self.Barriers
@@ -71,7 +85,7 @@ struct _Shared[dtype: DType, head_dim: Int](TrivialRegisterPassable):
     var full_v: Self.Barriers
     var empty_v: Self.Barriers
     var patched: Self.Barriers  # of a last tile of values, before the producer zeroes what is past the last key
-    var items: MutPointer[Int32, MutUntrackedOrigin, address_space=AddressSpace.SHARED]  # 8 words for each tile of queries
+    var items: MutPointer[Int32, MutUntrackedOrigin, address_space=AddressSpace.SHARED]  # the last RECORDS, of 8 words
 
     @always_inline
     def __init__(out self):
@@ -79,6 +93,8 @@ struct _Shared[dtype: DType, head_dim: Int](TrivialRegisterPassable):
         self.q = external_memory[Scalar[Self.dtype], address_space=AddressSpace.SHARED, alignment=1024]()
         self.k = self.q.unsafe_offset(2 * ROWS * Self.head_dim)
         self.v = self.k.unsafe_offset(STAGES * TILE * Self.head_dim)
+        self.o = self.v.unsafe_offset(STAGES * TILE * Self.head_dim)
+        self.known = unsafe_stack_allocation[2, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
         self.full_q = unsafe_stack_allocation[2, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
         self.empty_q = unsafe_stack_allocation[2, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
         self.full_k = unsafe_stack_allocation[STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
@@ -86,11 +102,12 @@ struct _Shared[dtype: DType, head_dim: Int](TrivialRegisterPassable):
         self.full_v = unsafe_stack_allocation[STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
         self.empty_v = unsafe_stack_allocation[STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
         self.patched = unsafe_stack_allocation[1, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
-        self.items = unsafe_stack_allocation[16, Int32, alignment=16, address_space=AddressSpace.SHARED]()
+        self.items = unsafe_stack_allocation[RECORDS * 8, Int32, alignment=16, address_space=AddressSpace.SHARED]()
         if thread_idx.x == 0:
             comptime for i in range(2):
-                self.full_q[unsafe_offset=i].init(3)
-                self.empty_q[unsafe_offset=i].init(GROUPS * 4)
+                self.known[unsafe_offset=i].init(1)
+                self.full_q[unsafe_offset=i].init(1)
+                self.empty_q[unsafe_offset=i].init(GROUPS)
             comptime for i in range(STAGES):
                 self.full_k[unsafe_offset=i].init(1)
                 self.full_v[unsafe_offset=i].init(1)

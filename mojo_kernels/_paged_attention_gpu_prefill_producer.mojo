@@ -1,28 +1,23 @@
-"""The producer warps of the prefill kernel: one brings K and V, three gather queries. They multiply nothing.
+"""The producer warps of the prefill kernel: two find items and bring their queries, one brings K and V. They multiply nothing.
 
-K and V come by the copy engine, page by page; the slots after a request's last key, which may hold anything, are zeroed in V
-before the tile counts as full. Queries come by cp.async, since a row of a tile may be any token and head of the request.
+All comes by the copy engine. K and V come page by page; the slots after a request's last key, which may hold anything, are zeroed
+in V before the tile counts as full. The queries of an item are a box of tokens and heads, so two instructions bring them; the rows
+after a request's last token are other requests' queries, which nobody looks at.
 """
 
 from ._paged_attention_gpu_math import VEC
 from ._paged_attention_gpu_prefill_items import _find, _Item
-from ._paged_attention_gpu_prefill_parts import HALF, NOWHERE, ROWS, STAGES, TILE, _Shared, _Tma
+from ._paged_attention_gpu_prefill_parts import HALF, NOWHERE, RECORDS, ROWS, STAGES, TILE, _QueryTma, _Shared, _Tma
 from ._prelude import *
 from layout.tma_async import SharedMemBarrier
 from max.gpu import syncwarp
-from max.gpu.memory import (
-    async_copy,
-    async_copy_commit_group,
-    async_copy_wait_group,
-    cp_async_bulk_tensor_shared_cluster_global,
-    fence_async_view_proxy,
-)
+from max.gpu.memory import cp_async_bulk_tensor_shared_cluster_global, fence_async_view_proxy
 from std.utils.index import Index
 
 
 @always_inline
 def _bring_keys[
-    dtype: DType, head_dim: Int, page_size: Int, FEWEST: Int
+    dtype: DType, head_dim: Int, page_size: Int
 ](
     shared: _Shared[dtype, head_dim],
     lane: Int,
@@ -30,12 +25,7 @@ def _bring_keys[
     ref v_tma: _Tma[page_size, head_dim],
     page_table: Ptr[DType.int32],
     page_table_width: Int32,
-    query_starts: Ptr[DType.int32],
-    seq_lens: Ptr[DType.int32],
-    num_requests: Int32,
     kv_heads: Int,
-    group: Int,
-    group_inverse: UInt64,
 ):
     """One warp: K of each tile, and V of the tile before, for the block's items in turn."""
     comptime HALVES = head_dim // HALF
@@ -45,32 +35,26 @@ def _bring_keys[
     comptime BOX_ROWS = min(page_size, TILE)
     comptime BOX_HALVES = HALVES if page_size >= 8 else 1
     comptime BOXES = TILE // BOX_ROWS * (HALVES // BOX_HALVES)
-    var level = 0
-    var above = 0
-
-    @always_inline
-    def next_item(round: Int) {mut level, mut above, imm} -> _Item:
-        return _find[FEWEST](round, level, above, query_starts, seq_lens, num_requests, kv_heads, group, group_inverse)
-
     comptime PARTS = ceildiv(BOXES, WARP_SIZE)
     comptime SIDES = HALVES // BOX_HALVES  # boxes side by side
     var round = 0
     var count = 0  # tiles of keys so far
     var patches = UInt32(0)
-    var item = next_item(round)
+    var request = 0
+    var kv_head = 0
 
     # --8<-- [start:producer]
     @always_inline
     def origins(t: Int, seq_len: Int) {imm} -> Array[Int32, PARTS]:
         """Where in the cache the boxes of a tile start that this lane copies."""
         var at = Array[Int32, PARTS](fill=NOWHERE)
-        var pages = page_table.unsafe_offset(item.request * Int(page_table_width))
+        var pages = page_table.unsafe_offset(request * Int(page_table_width))
         comptime for i in range(PARTS):
             var key = t * TILE + (lane + i * WARP_SIZE) // SIDES * BOX_ROWS
             if lane + i * WARP_SIZE < BOXES and key < seq_len:
                 var page = Int(pages[unsafe_offset=key // page_size])
                 comptime octets = max(page_size // 8, 1)
-                at[i] = Int32((page * kv_heads + item.kv_head) * octets + key % page_size // 8)
+                at[i] = Int32((page * kv_heads + kv_head) * octets + key % page_size // 8)
         return at^
 
     @always_inline
@@ -93,10 +77,15 @@ def _bring_keys[
     # --8<-- [end:producer]
 
     wait_on_dependent_grids()
-    while item.tiles > 0:
-        var tiles = item.tiles
-        var seq_len = Int(seq_lens[unsafe_offset=item.request])
-        var next = item
+    while True:
+        shared.known[unsafe_offset=round % 2].wait(UInt32(round // 2 & 1))
+        var item = shared.items.unsafe_offset(round % RECORDS * 8)
+        var tiles = Int(item[unsafe_offset=0])
+        if tiles == 0:
+            break
+        request = Int(item[unsafe_offset=5])
+        kv_head = Int(item[unsafe_offset=4])
+        var seq_len = Int(item[unsafe_offset=6])
         var at = origins(0, seq_len)
         var at_before = at.copy()
         for t in range(tiles + 1):
@@ -135,81 +124,63 @@ def _bring_keys[
                         shared.full_v[unsafe_offset=stage].expect_bytes(Int32(TILE_SIZE * 2))
                     syncwarp()
                     copy[False](at_before, stage, shared.full_v[unsafe_offset=stage])
-            if t == 1:  # while the consumers are busy with the first tiles
-                next = next_item(round + 1)
             at_before = at.copy()
             at = at_next.copy()
         count += tiles
         round += 1
-        item = next
 
 
 @always_inline
-def _gather_queries[
+def _bring_queries[
     dtype: DType, head_dim: Int, FEWEST: Int
 ](
     shared: _Shared[dtype, head_dim],
     lane: Int,
-    part: Int,
-    q: Ptr[dtype],
-    num_q_heads: Int32,
+    slot: Int,
+    ref q_tma: _QueryTma,
     query_starts: Ptr[DType.int32],
     seq_lens: Ptr[DType.int32],
     num_requests: Int32,
     kv_heads: Int,
     group: Int,
-    group_inverse: UInt64,
 ):
-    """Warp `part` of 1 to 3: its share of the query rows of the block's items, and word of what the items are."""
-    comptime Q_SIZE = ROWS * head_dim
-    comptime ROW_VECS = head_dim // VEC
+    """One of two warps, that has every other item: finds it, says what it is, and brings its queries."""
+    comptime HALVES = head_dim // HALF
     var level = 0
     var above = 0
+    var round = slot
+    var item_tokens = UInt32(ROWS) // UInt32(group)
 
     @always_inline
     def next_item(round: Int) {mut level, mut above, imm} -> _Item:
-        return _find[FEWEST](round, level, above, query_starts, seq_lens, num_requests, kv_heads, group, group_inverse)
+        return _find[FEWEST](round, level, above, query_starts, seq_lens, num_requests, kv_heads, item_tokens)
 
-    var round = 0
     var item = next_item(round)
     wait_on_dependent_grids()
     while True:
-        var slot = round % 2
         shared.empty_q[unsafe_offset=slot].wait(UInt32((round // 2 + 1) & 1))
-        if item.tiles > 0:
-            for i in range(part - 1, ROWS * ROW_VECS // WARP_SIZE, 3):
-                var row = i * (WARP_SIZE // ROW_VECS) + lane // ROW_VECS
-                var vec = lane % ROW_VECS
-                var in_request = item.first_row + min(row, item.last_row)
-                var token = Int((UInt64(in_request) * group_inverse) >> 32)
-                var head = item.kv_head * group + in_request - token * group
-                var at = ((item.first_token + token) * Int(num_q_heads) + head) * head_dim + vec * VEC
-                var to = (
-                    slot * Q_SIZE
-                    + row // 64 * (64 * head_dim)
-                    + vec // 8 * (64 * HALF)
-                    + row % 64 * HALF
-                    + ((vec % 8) ^ (row % 8)) * VEC
-                )
-                async_copy[16](
-                    q.unsafe_offset(at).unsafe_address_space_cast[AddressSpace.GLOBAL](),
-                    shared.q.unsafe_offset(to),
-                )
-            async_copy_commit_group()
-        if part == 1 and lane == 0:
-            var to = shared.items.unsafe_offset(slot * 8)
+        if lane == 0:
+            var to = shared.items.unsafe_offset(round % RECORDS * 8)
             to[unsafe_offset=0] = Int32(item.tiles)
             to[unsafe_offset=1] = Int32(item.first_token)
-            to[unsafe_offset=2] = Int32(item.first_row)
-            to[unsafe_offset=3] = Int32(item.last_row)
-            to[unsafe_offset=4] = Int32(item.first_position)
-            to[unsafe_offset=5] = Int32(item.kv_head)
-        async_copy_wait_group(0)
-        fence_async_view_proxy()
-        syncwarp()
-        if lane == 0:
-            _ = shared.full_q[unsafe_offset=slot].arrive()
+            to[unsafe_offset=2] = Int32(item.tokens * group - 1)
+            to[unsafe_offset=3] = Int32(item.first_position)
+            to[unsafe_offset=4] = Int32(item.kv_head)
+            to[unsafe_offset=5] = Int32(item.request)
+            to[unsafe_offset=6] = Int32(item.seq_len)
+            _ = shared.known[unsafe_offset=slot].arrive()
+            if item.tiles > 0:
+                shared.full_q[unsafe_offset=slot].expect_bytes(Int32(Int(item_tokens) * group * head_dim * 2))
+                comptime for half in range(HALVES):
+                    cp_async_bulk_tensor_shared_cluster_global(
+                        shared.q.unsafe_offset((slot * HALVES + half) * (ROWS * HALF)),
+                        Pointer(to=q_tma.descriptor).unsafe_bitcast[NoneType](),
+                        shared.full_q[unsafe_offset=slot].unsafe_ptr(),
+                        Index(0, half, item.kv_head * group, item.first_token),
+                    )
+            else:
+                _ = shared.full_q[unsafe_offset=slot].arrive()
         if item.tiles == 0:
             break
-        round += 1
+        round += 2
         item = next_item(round)
