@@ -156,7 +156,8 @@ def _linear_tiles[
 
         var by_128 = nanoseconds[128](372, 1400)
         var by_192 = nanoseconds[192](545, 1400)
-        var by_256 = nanoseconds[256](690, 2800)
+        # Other warps finish a gated tile of 256 meanwhile, but nothing covers a block's last.
+        var by_256 = nanoseconds[256](690, 700) + 2000 if GATED else nanoseconds[256](690, 2800)
         # Half of k each for the two blocks of a cluster, where that keeps more multiprocessors busy.
         var tiles = ceildiv(m, 128) * ceildiv(w_rows, 128)
         var split = 2 if SPLITS and 2 * tiles <= SMS and k_tiles >= 32 else 1
@@ -178,7 +179,7 @@ def _linear_tiles[
         elif best == by_192:
             _many_tokens[out_dtype, has_bias, GATED, 192](y, x, w, bias, m, n, k, 5, ctx)
         else:
-            _many_tokens[out_dtype, has_bias, GATED, 256](y, x, w, bias, m, n, k, 4, ctx)
+            _many_tokens[out_dtype, has_bias, GATED, 256](y, x, w, bias, m, n, k, 3 if GATED else 4, ctx)
 
 
 def _linear_bf16[

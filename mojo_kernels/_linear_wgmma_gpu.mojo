@@ -4,13 +4,15 @@ One warp issues the copies (producer), one or two warpgroups multiply (consumers
 empty. Operand A supplies the 64 rows a wgmma takes per warpgroup, operand B its 32 to 256 columns. With many tokens A
 is x and B is w; with few tokens they swap, so that only the tokens are padded. Rows, columns and k past the end are
 zero-filled by the copy engine and guarded at the store. A gated product (`GATED`) puts as many gate rows as up rows of w
-into its tile, from two copies, and stores silu(gate) * up. The blocks of a cluster of SHARE take neighbouring tiles of A
-and the same tile of B, of which each copies its share to all of them. When swapped tiles are fewer than multiprocessors, the
-blocks of a cluster split k: each sends every other one its share of the partial tile, which that one adds up in rank order,
-so that results repeat bit for bit.
+into its tile, from two copies, and stores silu(gate) * up; of its widest tile, three idle warps do that. The blocks of a
+cluster of SHARE take neighbouring tiles of A and the same tile of B, of which each copies its share to all of them. When
+swapped tiles are fewer than multiprocessors, the blocks of a cluster split k: each sends every other one its share of the
+partial tile, which that one adds up in rank order, so that results repeat bit for bit.
 """
 
+from ._linear_wgmma_hand_gpu import HAND_BYTES, finish_tiles, hand_over, init_hands
 from ._linear_wgmma_store_gpu import PAD, cluster_arrive, cluster_wait, gate, inbox_bytes, store_rows, store_swapped
+from ._linear_wgmma_walk_gpu import tile_origin
 from ._prelude import *
 from layout import TileTensor, row_major, stack_allocation
 from layout.coord import Coord, coord
@@ -28,7 +30,6 @@ from std.utils.static_tuple import StaticTuple
 
 comptime BK = 64  # 64 bfloat16 = 128 bytes = one row of the 128-byte swizzle atom
 comptime SW = TensorMapSwizzle.SWIZZLE_128B
-comptime TILE_GROUP = 8  # A tiles walked side by side, so that concurrent blocks share both operands in L2
 comptime MAX_STAGES = 16
 
 # Rows that one copy brings: a gate and its up projection are two copies, and each block of a cluster brings a share of B.
@@ -38,6 +39,7 @@ comptime _Tma[ROWS: Int] = TMATensorTile[BF16, coord[ROWS, BK], coord[ROWS, BK]]
 
 # Two warpgroups with 256 columns hold 128 sums a thread: a whole producer warpgroup gives its registers up for them.
 comptime _WIDE[GROUPS: Int, COLUMNS: Int] = GROUPS == 2 and COLUMNS == 256
+comptime _HANDED[GATED: Bool, SWAP: Bool, GROUPS: Int, COLUMNS: Int] = GATED and not SWAP and _WIDE[GROUPS, COLUMNS]
 comptime _THREADS[GROUPS: Int, COLUMNS: Int] = 128 * GROUPS + (128 if _WIDE[GROUPS, COLUMNS] else 32)
 
 
@@ -60,6 +62,7 @@ def _wgmma_kernel[
     """Blocks walk over tiles of 64*GROUPS rows of A by COLUMNS of B; `split` blocks of a cluster share a tile's k."""
     comptime ROWS = 64 * GROUPS
     comptime OUTPUTS = ROWS if SWAP else COLUMNS
+    comptime HANDED = _HANDED[GATED, SWAP, GROUPS, COLUMNS]
     comptime A_ELEMS = ROWS * BK
     comptime STAGE_ELEMS = (ROWS + COLUMNS) * BK
     comptime A_BOX = _A_BOX[GATED, SWAP, GROUPS]
@@ -73,11 +76,13 @@ def _wgmma_kernel[
     var full = unsafe_stack_allocation[MAX_STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
     var empty = unsafe_stack_allocation[MAX_STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
     var summands = unsafe_stack_allocation[1, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
+    var hands = unsafe_stack_allocation[4, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
     var M = Int(m32)
     var N = Int(n32)
     var split = Int(split32)
     var stages = Int(stages32)
     var rank = block_idx.x % (split if SHARE == 1 else SHARE)
+    var behind = smem.unsafe_offset(stages * STAGE_ELEMS).unsafe_bitcast[Float32]()  # the ring
     var k_tiles = ceildiv(Int(k32), BK)
     var k_rank = rank if SHARE == 1 else 0
     var k_first = k_tiles * k_rank // split
@@ -93,6 +98,8 @@ def _wgmma_kernel[
             full[unsafe_offset=s].init(1)
             empty[unsafe_offset=s].init(Int32(GROUPS * SHARE))
         summands[].init(1)
+        comptime if HANDED:
+            init_hands(hands)
         fence_mbarrier_init()
     comptime if SHARE > 1:
         cluster_sync()
@@ -104,19 +111,10 @@ def _wgmma_kernel[
         if thread_idx.x == 0:
             summands[].expect_bytes(Int32(inbox_bytes[COLUMNS, 128 * GROUPS](split)))
 
-    @always_inline
-    def origin(tile: Int) {imm} -> Tuple[Int, Int]:
-        # Groups of TILE_GROUP A tiles, A fastest inside a group.
-        var per_group = TILE_GROUP * b_tiles
-        var base = tile // per_group * TILE_GROUP
-        var width = min(TILE_GROUP, a_tiles - base)
-        var inside = tile % per_group
-        var a = base + inside % width
-        return (a * SHARE + (rank if SHARE > 1 else 0)) * A_BOX, inside // width * B_STEP
-
+    comptime origin = tile_origin[SHARE, A_BOX, B_STEP]
     if warp_id() >= 4 * GROUPS:
         comptime if _WIDE[GROUPS, COLUMNS]:
-            warpgroup_reg_dealloc[24]()
+            warpgroup_reg_dealloc[88 if HANDED else 24]()
         if thread_idx.x == 128 * GROUPS:
             a_tma.prefetch_descriptor()
             b_tma.prefetch_descriptor()
@@ -142,7 +140,7 @@ def _wgmma_kernel[
 
             # w does not depend on the kernel ahead: its first stages are under way before that one ends.
             var ahead = min(stages, k_count)
-            var start = origin(first)
+            var start = origin(first, a_tiles, b_tiles, rank)
             for i in range(ahead):
                 full[unsafe_offset=i].expect_bytes(Int32(STAGE_ELEMS * 2))
                 copy[SWAP](i, (k_first + i) * BK, start[0] if SWAP else start[1])
@@ -153,7 +151,7 @@ def _wgmma_kernel[
             var turn = ahead // stages
             var i = ahead
             for tile in range(first, a_tiles * b_tiles, stride):
-                var at = origin(tile)
+                var at = origin(tile, a_tiles, b_tiles, rank)
                 while i < k_count:
                     if turn > 0:
                         empty[unsafe_offset=slot].wait(UInt32((turn - 1) & 1))
@@ -166,13 +164,17 @@ def _wgmma_kernel[
                         slot = 0
                         turn += 1
                 i = 0
+        comptime if HANDED:
+            if warp_id() > 4 * GROUPS:
+                wait_on_dependent_grids()
+                finish_tiles[SHARE](rebind[Ptr[BF16]](y), behind, hands, first, stride, a_tiles, b_tiles, rank, M, N)
         if SWAP and split > 1:
             cluster_wait()
         comptime if SHARE > 1:
             cluster_sync()  # blocks of the cluster still copy into this one's ring, and count on its barriers
     else:
         comptime if _WIDE[GROUPS, COLUMNS]:
-            warpgroup_reg_alloc[240]()
+            warpgroup_reg_alloc[208 if HANDED else 240]()
         var op = TensorCoreAsync[
             DType.float32, BF16, BF16, Index(64, COLUMNS, 16), a_swizzle=SW, b_swizzle=SW, transpose_b=True
         ]()
@@ -183,6 +185,7 @@ def _wgmma_kernel[
         var column = (lane_id() % 4) * 2
         var slot = 0
         var phase = UInt32(0)
+        var turn = UInt32(0)
 
         @always_inline
         def release(slot: Int) {imm}:
@@ -221,10 +224,12 @@ def _wgmma_kernel[
             warpgroup_fence(acc)
             if k_count > 0:
                 release(before)
-            var at = origin(tile)
-            comptime if SWAP:
+            var at = origin(tile, a_tiles, b_tiles, rank)
+            comptime if HANDED:
+                hand_over(acc, behind, hands, group, turn)
+                turn += 1
+            elif SWAP:
                 # Behind a block's only tile the ring is free.
-                var behind = smem.unsafe_offset(stages * STAGE_ELEMS).unsafe_bitcast[Float32]()
                 var free = behind if split == 1 and stride < a_tiles * b_tiles else smem.unsafe_bitcast[Float32]()
                 store_swapped[out_dtype, has_bias, GATED, COLUMNS, OUTPUTS](
                     y, bias, acc, free, behind, summands, split, k_rank, row, column, at[1], at[0], M, N
@@ -271,6 +276,8 @@ def linear_wgmma[
     var ring = stages * (ROWS + COLUMNS) * BK * 2
     var tile = COLUMNS * (ROWS + PAD) * 4 if SWAP else 0
     var smem = ring + tile if split == 1 and tiles > max_blocks else max(ring, tile)
+    comptime if _HANDED[GATED, SWAP, GROUPS, COLUMNS]:
+        smem += HAND_BYTES
     if split > 1:
         smem += inbox_bytes[COLUMNS, 128 * GROUPS](split)
     ctx.enqueue_function[kernel](
