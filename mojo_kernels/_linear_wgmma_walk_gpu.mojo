@@ -11,8 +11,8 @@ def tile_origin[
 ](tile: Int, a_tiles: Int, b_tiles: Int, rank: Int) -> Tuple[Int, Int]:
     """First row of A and of B of the tile: groups of TILE_GROUP A tiles, A fastest inside a group.
 
-    With SHARE blocks in a cluster, `a_tiles` counts their neighbouring tiles of A as one. In 32 bits: a division of 64 is
-    a call that takes the consumers as long as a step in k.
+    With SHARE blocks in a cluster, `a_tiles` counts their neighbouring tiles of A as one. In 32 bits, as a division of 64
+    is a call on a GPU, for which the consumers' store would wait.
     """
     var per_group = UInt32(TILE_GROUP * b_tiles)
     var part = UInt32(tile) // per_group

@@ -26,6 +26,7 @@ PRODUCTS: tuple[tuple[str, Shape], ...] = (
     ("norm_linear", {"H": 2560, "N": 96, "bias": True}),  # how many warps share a row depends on the rows
     ("norm_linear_silu_mul", {"H": 1024, "I": 384}),
     ("norm_linear_silu_mul", {"H": 2560, "I": 40}),
+    ("norm_linear_silu_mul", {"H": 64, "I": 4300}),  # 300 rows get the widest tile, which other warps finish
 )
 ATTENTION = ("paged_attention", "rope_attention", "qk_norm_rope_store")
 
