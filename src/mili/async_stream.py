@@ -62,7 +62,6 @@ class Mailbox:
         """`on_free` is called on `loop` when outputs were handed out and there is room for more."""
         self.loop = loop
         self.busy = False  # set by the sender, cleared by the loop
-        self.last_round = 0.0  # when all that was new was sent; kept by the sender
         self._on_free = on_free
 
     def post(self, batch: Sequence[tuple[Stream, News]]) -> bool:

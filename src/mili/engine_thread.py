@@ -6,9 +6,9 @@
              step and loop
 
 Everything that touches the engine is a command, run between two steps; the thread sleeps on their queue while there is
-nothing to compute. All streams together get at most `max_event_rate` outputs a second, first and last ones aside: an
-output of one token costs its reader's thread about as much as one of ten. A loop that is still busy gets later outputs
-together.
+nothing to compute. All streams together get at most `max_event_rate` outputs a second, first and last ones aside, and
+who has waited longest is first: an output of one token costs its reader's thread about as much as one of ten. A loop
+that is still busy gets later outputs together.
 
 Knows no HTTP and no text. Invariants: a request that was accepted ends exactly once, with a last output or with an
 exception; one that was aborted holds no pages after the step that is running.
@@ -34,6 +34,7 @@ from mili.sampling_params import SamplingParams
 MAX_FAILED_STEPS = 5
 """So many steps in a row that raise, and the engine counts as dead: it is not the requests' fault any more."""
 
+_ROUND = 32  # streams that are sent something at a time: each time wakes the loop, and more would hold up the engine
 _Result = TypeVar("_Result")
 _LOG = logging.getLogger("mili.engine")
 
@@ -47,11 +48,12 @@ class EngineThread:
         """Start the thread; `limit` is the most completions that may be unfinished at once; a rate may be inf."""
         self._engine = engine
         self._limit = limit
-        self._max_event_rate = max_event_rate  # per second
+        self._interval = 1 / max_event_rate  # seconds between two outputs
+        self._next_due = 0.0  # from then on another output may be sent
         self._on_step = on_step
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._streams: dict[str, Stream] = {}  # of the unfinished requests
-        self._news: dict[str, bool] = {}  # of those, in order, the ones with something to deliver; True if at once
+        self._streams: dict[str, Stream] = {}  # of the unfinished requests; who was sent something last is last
+        self._news: dict[str, bool] = {}  # of those, the ones with something to deliver; True if at once
         self._last_error: BaseException | None = None
         self._lock = threading.Lock()  # guards what follows, and that a command is queued before the thread's end
         self._num_unfinished = 0
@@ -68,7 +70,10 @@ class EngineThread:
         return self._num_unfinished
 
     def submit(self, stream: Stream, prompt: Prompt, params: SamplingParams) -> None:
-        """Accept a request whose outputs go to `stream`, or raise QueueFullError, EngineDeadError or RequestError."""
+        """Accept a request that `Engine.check` let pass; its outputs go to `stream`.
+
+        Raises QueueFullError, EngineDeadError or RequestError.
+        """
         with self._lock:
             if self.dead.done():
                 raise self.dead.result()
@@ -81,7 +86,7 @@ class EngineThread:
                     "try again later"
                 )
             self._num_unfinished = total
-            self._commands.put(partial(self._add, stream, prompt, params))
+            self._commands.put(partial(self._add, stream, prompt, params, self._engine.now()))
 
     def abort(self, request_id: str) -> None:
         """End a request after the step that is running; its reader gets a last output with finish_reason "abort"."""
@@ -173,12 +178,14 @@ class EngineThread:
         except Empty:
             pass
 
-    def _add(self, stream: Stream, prompt: Prompt, params: SamplingParams) -> None:
+    def _add(self, stream: Stream, prompt: Prompt, params: SamplingParams, arrived: float) -> None:
         request_id = stream.request_id
         try:
             if self.dead.done():
                 raise self.dead.result()
-            self._engine.add(prompt.token_ids or (), params, prompt=prompt.text, request_id=request_id)
+            self._engine.add(
+                prompt.token_ids or (), params, prompt=prompt.text, request_id=request_id, checked_at=arrived
+            )
         except Exception as error:
             self._count_out(stream.n)
             stream.mailbox.post([(stream, error)])
@@ -207,13 +214,18 @@ class EngineThread:
         """Take the outputs of the readers whose loops have room, and send them."""
         ready: dict[str, News] = {}
         now = time.monotonic()
-        interval = len(self._streams) / self._max_event_rate  # a round brings every stream one output
-        for request_id, at_once in list(self._news.items()):
-            mailbox = self._streams[request_id].mailbox
-            if now >= mailbox.last_round + interval:
-                mailbox.last_round = now
-            if not mailbox.has_room or not (at_once or mailbox.last_round == now):
+        num = len(self._streams)
+        # Of the time that nobody used, so much is left that every stream may have an output now.
+        self._next_due = max(self._next_due, now - self._interval * num)
+        is_round = self._next_due <= now - self._interval * min(num, _ROUND)
+        for request_id, stream in self._streams.items():
+            at_once = self._news.get(request_id)
+            if at_once is None or not stream.mailbox.has_room:
                 continue
+            if not at_once:
+                if not is_round or self._next_due > now:
+                    continue
+                self._next_due += self._interval
             try:
                 ready[request_id] = self._engine.take(request_id)
             except Exception as error:
@@ -225,11 +237,12 @@ class EngineThread:
         batches: dict[asyncio.AbstractEventLoop, list[tuple[Stream, News]]] = {}
         for request_id, news in ready.items():
             self._news.pop(request_id, None)
-            stream = self._streams[request_id]
+            stream = self._streams.pop(request_id)
             batches.setdefault(stream.mailbox.loop, []).append((stream, news))
             if isinstance(news, BaseException) or news.finished:
-                del self._streams[request_id]
                 self._count_out(stream.n)
+            else:
+                self._streams[request_id] = stream
         for batch in batches.values():
             if not batch[0][0].mailbox.post(batch):
                 for stream, _ in batch:  # the loop is closed: nobody reads any more

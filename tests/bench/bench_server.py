@@ -4,20 +4,20 @@
 
 The same prompts and lengths go through `LLM.generate` in this process and through `mili serve` in another, in turn, so
 that a machine that changes its speed changes both; the one that is not measured is idle. The client runs on the same
-machine, so its share is in the server's figure; `mili bench serve` prints how much of a core it took. The bundled
-model; the last line is JSON.
+machine, so what it takes is in the server's figure: it reads bytes and looks into them afterwards. The bundled model;
+the last line is JSON.
 """
 
 import argparse
 import asyncio
 import json
 import random
+import re
 import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 
-import aiohttp
+import uvloop
 
 from mili import LLM, SamplingParams
 from support.live import serve
@@ -33,27 +33,64 @@ def engine_speed(llm: LLM, prompts: list[list[int]], lengths: list[int]) -> floa
     return sum(lengths) / (time.perf_counter() - started)
 
 
-async def plain_speed(url: str, prompts: list[list[int]], lengths: list[int], concurrent: int) -> float:
-    pairs = iter(zip(prompts, lengths, strict=True))
-    async with aiohttp.ClientSession() as session:
+class Visitor(asyncio.Protocol):
+    """One connection, which sends the next request when the answer to its last one is complete.
 
-        async def visitor() -> None:
-            for prompt, length in pairs:
-                body = {"prompt": prompt, "max_tokens": length, "temperature": 0, "ignore_eos": True}
-                async with session.post(f"{url}/v1/completions", json=body) as answer:
-                    assert (await answer.json())["usage"]["completion_tokens"] == length
+    It keeps what it reads and looks into it when the clock has stopped: on the server's cores, each microsecond of a
+    client's work for an event would be counted as the server's.
+    """
 
-        started = time.perf_counter()
-        await asyncio.gather(*(visitor() for _ in range(concurrent)))
-        return sum(lengths) / (time.perf_counter() - started)
+    def __init__(self, requests: Iterator[bytes], end: bytes) -> None:
+        self.answers: list[bytes] = []
+        self.done = asyncio.get_running_loop().create_future()
+        self._requests, self._end, self._received = requests, end, bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._visit()
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        if data.endswith(self._end):
+            self.answers.append(bytes(self._received))
+            self._received.clear()
+            self._visit()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_exception(error or ConnectionError("the server closed the connection"))
+
+    def _visit(self) -> None:
+        if request := next(self._requests, None):
+            self._transport.write(request)
+        else:
+            self.done.set_result(None)
+            self._transport.close()
 
 
-def stream_speed(url: str, concurrent: int) -> float:
-    command = [sys.executable, "-m", "mili", "bench", "serve", "--base-url", url, "--json"]
-    command += ["--num-requests", str(NUM_REQUESTS), "--concurrent", str(concurrent)]
-    command += ["--prompt-len", str(PROMPT_LEN), "--output-len", f"{LENGTHS[0]}:{LENGTHS[1]}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1])["output_throughput"])
+async def server_speed(url: str, prompts: list[list[int]], lengths: list[int], concurrent: int, stream: bool) -> float:
+    address = url.removeprefix("http://")
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\ncontent-length: "
+    requests = []
+    for prompt, length in zip(prompts, lengths, strict=True):
+        fields = {"prompt": prompt, "max_tokens": length, "temperature": 0, "ignore_eos": True}
+        if stream:
+            fields |= {"stream": True, "stream_options": {"include_usage": True}}
+        body = json.dumps(fields)
+        requests.append(f"{head}{len(body)}\r\n\r\n{body}".encode())
+    waiting = iter(requests)
+    end = b"data: [DONE]\n\n\r\n0\r\n\r\n" if stream else b"}}"
+    visitors = [Visitor(waiting, end) for _ in range(concurrent)]
+    host, port = address.split(":")
+    started = time.perf_counter()
+    for visitor in visitors:
+        await asyncio.get_running_loop().create_connection(lambda visitor=visitor: visitor, host, int(port))
+    await asyncio.gather(*(visitor.done for visitor in visitors))
+    seconds = time.perf_counter() - started
+    answers = b"".join(answer for visitor in visitors for answer in visitor.answers)
+    told = [int(number) for number in re.findall(rb'"completion_tokens":(\d+)', answers)]
+    assert sorted(told) == sorted(lengths), "an answer is missing or short"
+    return sum(lengths) / seconds
 
 
 def main() -> None:
@@ -73,8 +110,9 @@ def main() -> None:
             time.sleep(_SETTLE)
             speeds["engine"].append(engine_speed(llm, prompts, lengths))
             time.sleep(_SETTLE)
-            speeds["plain"].append(asyncio.run(plain_speed(server.url, prompts, lengths, options.concurrent)))
-            speeds["stream"].append(stream_speed(server.url, options.concurrent))
+            for name in ("plain", "stream"):
+                load = server_speed(server.url, prompts, lengths, options.concurrent, name == "stream")
+                speeds[name].append(uvloop.run(load))
             print(*(f"{name} {values[-1]:7.0f} tok/s" for name, values in speeds.items()), sep="   ")
     for name in ("plain", "stream"):
         shares = [a / b for a, b in zip(speeds[name], speeds["engine"], strict=True)]

@@ -1,6 +1,7 @@
 """Probes: what each says in every state of the server, and that what is shown holds neither keys nor paths."""
 
 import asyncio
+import math
 import time
 from pathlib import Path
 
@@ -110,6 +111,14 @@ def test_a_closed_engine_says_so(monkeypatch):
 def test_version(monkeypatch):
     with application(monkeypatch) as served:
         assert served.get("/version").json() == {"version": mili.__version__}
+
+
+@pytest.mark.parametrize(("rate", "shown"), [(None, 500.0), (70.0, 70.0), (math.inf, None)])
+def test_server_info_shows_the_event_rate_in_effect(monkeypatch, rate, shown):
+    with application(monkeypatch, llm={"max_event_rate": rate}, max_event_rate=rate) as served:
+        info = served.get("/server_info").json()
+        assert info["max_event_rate"] == shown
+        assert "max_event_rate" not in info["server"]
 
 
 def test_server_info_shows_the_settings_in_effect_without_secrets(monkeypatch, tmp_path):

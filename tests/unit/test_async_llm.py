@@ -3,6 +3,7 @@
 import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -221,6 +222,45 @@ def test_streams_advance_no_faster_than_the_event_rate(runners):
     llm.close()
     with pytest.raises(ConfigError, match="max_event_rate must be above 0 per second, got 0"):
         AsyncLLM(max_event_rate=0)
+
+
+def test_streams_share_the_event_rate_evenly(runners, monkeypatch):
+    rate, num_streams = 200, 40
+    llm = AsyncLLM(max_event_rate=rate, max_num_seqs=num_streams)
+    slow_down(runners[0], monkeypatch)
+
+    async def main():
+        started = time.monotonic()
+        streams = await asyncio.gather(*(read(llm, [1, 2, 3 + i], LONG) for i in range(num_streams)))
+        seconds = time.monotonic() - started
+        between = [len(outputs) - 2 for outputs in streams]
+        print(
+            between,
+            seconds,
+            llm.get_metrics()["num_preemptions_total"],
+            [
+                (
+                    o[-1].metrics.first_token_time - o[-1].metrics.arrival_time,
+                    o[-1].metrics.finished_time - o[-1].metrics.arrival_time,
+                )
+                for o in streams
+            ][::5],
+        )
+        assert min(between) >= 1
+        assert max(between) - min(between) <= 2
+        assert sum(between) <= rate * seconds + num_streams + 1
+        await settled(llm)
+
+    asyncio.run(main())
+    llm.close()
+
+
+@pytest.mark.parametrize(("is_host", "rate"), [(True, 500.0), (False, 4000.0)])
+def test_the_event_rate_left_to_the_device(monkeypatch, is_host, rate):
+    fake_llm.install(monkeypatch, device=SimpleNamespace(is_host=is_host, id=0))
+    llm = AsyncLLM(max_event_rate=None)
+    assert llm.max_event_rate == rate
+    llm.close()
 
 
 def test_the_queue_is_bounded(runners, monkeypatch):

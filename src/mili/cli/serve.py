@@ -31,7 +31,12 @@ def _option(name: str, help: str, **more: Any) -> Callable[[Command], Command]:
 )
 @click.option("--allowed-origins", multiple=True, help="Let pages of this origin call the API; repeatable, * for all.")
 @_option("--max-queue", "Completions that may wait before requests are refused with 429.")
-@_option("--max-event-rate", "Most events a second over all streams; tokens in between come together.")
+@click.option(
+    "--max-event-rate",
+    type=float,
+    help="Most events a second over all streams; tokens in between come together. 500 on a CPU and 4000 with a GPU "
+    "when left out; inf for an event for each token.",
+)
 @_option("--max-body-bytes", "Largest request body.", type=size, metavar="SIZE")
 @_option("--read-timeout", "Seconds for a request's headers, and again for its body, to arrive.")
 @_option("--write-timeout", "Seconds for a client to take what was sent.")

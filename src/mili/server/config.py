@@ -24,7 +24,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = field(default=(), repr=False)  # any of them opens the server; none: no key is asked for
     allowed_origins: tuple[str, ...] = ()  # of cross-origin requests by browsers; none: no CORS headers
     max_queue: int = 256  # completions that may wait while others run
-    max_event_rate: float = 1000.0  # a second, of all streams together, but for the first and the last of each
+    max_event_rate: float | None = None  # a second, of all streams, but for the first and last of each; None: by device
     max_body_bytes: int = 4 << 20
     max_header_bytes: int = 32 << 10
     read_timeout: float = 30.0  # for a request's headers to be complete, and again for its body
@@ -43,7 +43,7 @@ class ServerConfig:
             raise ConfigError(f"port must be 0 to 65535, got {self.port}")
         if self.max_queue < 0:
             raise ConfigError(f"max_queue must be at least 0, got {self.max_queue}")
-        if not self.max_event_rate > 0:
+        if self.max_event_rate is not None and not self.max_event_rate > 0:
             raise ConfigError(f"max_event_rate must be above 0 per second, got {self.max_event_rate}")
         for name in ("max_body_bytes", "max_header_bytes", "read_timeout", "write_timeout", "keep_alive"):
             if getattr(self, name) <= 0:

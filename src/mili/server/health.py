@@ -5,6 +5,7 @@ could not answer a request now. Invariant: neither does any work, so a probe is 
 nothing here shows a key or a path.
 """
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version as installed_version
 from platform import python_version
@@ -107,6 +108,7 @@ def make_router(service: Service, readiness: Readiness) -> APIRouter:
             "dtype": llm.dtype,
             "max_model_len": llm.max_model_len,
             "max_num_seqs": llm.max_num_seqs,
+            "max_event_rate": llm.max_event_rate if math.isfinite(llm.max_event_rate) else None,  # JSON has no infinity
             "memory": {**asdict(llm.memory), "kv_bytes": llm.memory.kv_bytes},
             "startup_seconds": llm.startup_seconds,
             "server": _settings(service.config),
@@ -116,7 +118,8 @@ def make_router(service: Service, readiness: Readiness) -> APIRouter:
 
 
 def _settings(config: ServerConfig) -> dict[str, Any]:
-    settings = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "api_keys"}
+    hidden = ("api_keys", "max_event_rate")  # secret; shown as it is in effect
+    settings = {item.name: getattr(config, item.name) for item in fields(config) if item.name not in hidden}
     return {**settings, "num_api_keys": len(config.api_keys)}
 
 

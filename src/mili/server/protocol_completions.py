@@ -17,7 +17,7 @@ PromptForms = str | list[str] | list[int] | list[list[int]]
 
 
 def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+    return isinstance(value, list) and set(map(type, value)) == {int}
 
 
 def _prompt(value: object) -> object:
