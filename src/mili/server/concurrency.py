@@ -30,6 +30,8 @@ async def until_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> 
 
 async def gather(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """The results in order. The first exception cancels the others and is raised."""
+    if len(works) == 1:  # the common case, without a task
+        return [await works[0]]
     tasks = [asyncio.create_task(work) for work in works]
     try:
         return await asyncio.gather(*tasks)
