@@ -1,6 +1,6 @@
 """What the server costs: its throughput as a share of the engine's own, streaming and not.
 
-    PYTHONPATH=src:tests python tests/bench/bench_server.py [--rounds 5] [--concurrent 32]
+    PYTHONPATH=src:tests python tests/bench/bench_server.py [--rounds 5] [--concurrent 32] [--new 32:96]
 
 The same prompts and lengths go through `LLM.generate` in this process and through `mili serve` in another, in turn, so
 that a machine that changes its speed changes both; the one that is not measured is idle. The client runs on the same
@@ -24,7 +24,7 @@ import uvloop
 from mili import LLM, SamplingParams
 from support.live import serve
 
-NUM_REQUESTS, PROMPT_LEN, LENGTHS = 300, 64, (32, 96)
+NUM_REQUESTS, PROMPT_LEN = 300, 64
 _SETTLE = 8.0  # seconds; the workers of MAX look for more to do for up to 6 s, on every core
 
 
@@ -108,14 +108,21 @@ async def server_speed(url: str, prompts: list[list[int]], lengths: list[int], c
     return sum(lengths) / seconds
 
 
+def span(text: str) -> tuple[int, int]:
+    """`32:96` as (32, 96)."""
+    low, high = map(int, text.split(":"))
+    return low, high
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--concurrent", type=int, default=32)
+    parser.add_argument("--new", type=span, default=(32, 96), metavar="LOW:HIGH", help="tokens of an answer")
     options = parser.parse_args()
     rng = random.Random(0)
     prompts = [[rng.randrange(256) for _ in range(PROMPT_LEN)] for _ in range(NUM_REQUESTS)]
-    lengths = [rng.randint(*LENGTHS) for _ in range(NUM_REQUESTS)]
+    lengths = [rng.randint(*options.new) for _ in range(NUM_REQUESTS)]
     engine = {"max_num_seqs": options.concurrent, "enable_prefix_caching": False}
     speeds: dict[str, list[float]] = {"engine": [], "plain": [], "stream": []}
     args = ("--max-num-seqs", str(options.concurrent), "--no-enable-prefix-caching", "--no-access-log")

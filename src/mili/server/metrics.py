@@ -98,7 +98,6 @@ class ServerMetrics(Collector):
         self.prefix = f"{prefix}:"
         self._model_name = model_name
         self._histograms: list[tuple[str, str, _Distribution]] = []  # with name and documentation
-        self.registry.register(self)
         ProcessCollector(registry=self.registry)
         self._success = self._counter("request_success_total", "Requests that ended by themselves.", "finished_reason")
         self._aborted = self._counter("request_aborted_total", "Requests ended early from outside.", "reason")
@@ -131,6 +130,7 @@ class ServerMetrics(Collector):
         self._new_tokens = self._histogram("request_generation_tokens", "Tokens made for a request.", _TOKENS)
         self._n = self._histogram("request_params_n", "Completions asked for.", _TOKENS[:6])
         self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens, where given.", _TOKENS)
+        self.registry.register(self)  # with the histograms' names, which no other collector may have then
         self.shutting_down = False  # from when on a request that dies with the engine was ended by us
 
     def request_started(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
