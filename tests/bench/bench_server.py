@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvloop
 
@@ -25,7 +26,19 @@ from mili import LLM, SamplingParams
 from support.live import serve
 
 NUM_REQUESTS, PROMPT_LEN = 300, 64
-_SETTLE = 8.0  # seconds; the workers of MAX look for more to do for up to 6 s, on every core
+
+
+def settle(*pids: int) -> None:
+    """Wait until the processes rest: on every core MAX's workers look for work about as long as they worked."""
+
+    def used() -> float:
+        stats = [Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split() for pid in pids]
+        return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
+
+    before = -1.0
+    while used() - before > 0.05:
+        before = used()
+        time.sleep(1)
 
 
 def engine_speed(llm: LLM, prompts: list[list[int]], lengths: list[int]) -> float:
@@ -129,9 +142,9 @@ def main() -> None:
     with serve(*args) as server, LLM(**engine) as llm:
         engine_speed(llm, prompts[: options.concurrent], lengths[: options.concurrent])
         for _ in range(options.rounds):
-            time.sleep(_SETTLE)
+            settle(os.getpid(), server.process.pid)
             speeds["engine"].append(engine_speed(llm, prompts, lengths))
-            time.sleep(_SETTLE)
+            settle(os.getpid(), server.process.pid)
             for name in ("plain", "stream"):
                 load = server_speed(server.url, prompts, lengths, options.concurrent, name == "stream")
                 with guest():
