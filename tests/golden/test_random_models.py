@@ -31,7 +31,8 @@ def yarn(**more: Any) -> dict[str, Any]:
 
 
 NETWORKS: dict[str, dict[str, Any]] = {
-    "1:1, 64, tied": {
+    "1:1, 64, tied, one layer": {
+        "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "head_dim": 64,
