@@ -10,7 +10,7 @@ import pytest
 from support.checkpoints import write_checkpoint
 
 EM_CUDA = 190  # ELF machine number of device code
-NUM_OPS = 8  # embedding, two norms, linear, store, attention, silu, sample: each launches one kernel or more
+NUM_OPS = 8  # embedding, norm, rows, linear, store, attention, silu, sample: each launches one kernel or more
 
 
 def device_images(artefact: bytes) -> list[bytes]:

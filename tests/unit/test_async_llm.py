@@ -234,18 +234,6 @@ def test_streams_share_the_event_rate_evenly(runners, monkeypatch):
         streams = await asyncio.gather(*(read(llm, [1, 2, 3 + i], LONG) for i in range(num_streams)))
         seconds = time.monotonic() - started
         between = [len(outputs) - 2 for outputs in streams]
-        print(
-            between,
-            seconds,
-            llm.get_metrics()["num_preemptions_total"],
-            [
-                (
-                    o[-1].metrics.first_token_time - o[-1].metrics.arrival_time,
-                    o[-1].metrics.finished_time - o[-1].metrics.arrival_time,
-                )
-                for o in streams
-            ][::5],
-        )
         assert min(between) >= 1
         assert max(between) - min(between) <= 2
         assert sum(between) <= rate * seconds + num_streams + 1

@@ -96,7 +96,7 @@ def _median_run(llm: "LLM", prompt_len: int, num_new: int, batch: int, repeat: i
 
 
 def _run_once(llm: "LLM", prompt_len: int, num_new: int, batch: int, seed: int) -> dict[str, Any]:
-    """Generate once, or twice if the requests do not begin together; rates over the whole batch."""
+    """Generate once, and again for the step if the requests do not begin together; rates over the whole batch."""
     start = time.perf_counter()
     runs = _generate(llm, prompt_len, [num_new] * batch, f"{batch} {seed}")
     seconds = time.perf_counter() - start
