@@ -318,6 +318,11 @@ def test_an_answer_that_just_ends_is_an_error(page, stub):
     expect(page.get_by_role("alert")).to_contain_text("The connection ended before the answer did.")
 
 
+def test_one_can_type_at_once(open_page, stub):
+    page = open_page(stub.url)
+    expect(field(page, "Prompt")).to_be_focused()
+
+
 def test_the_key_is_asked_for_sent_and_kept_in_the_tab_only(open_page, stub):
     stub.api_key = "sesame"
     page = open_page(stub.url)
