@@ -141,11 +141,11 @@ def bench_cpu(options: argparse.Namespace) -> None:
 def bench_gpu(options: argparse.Namespace) -> None:
     """The rows of a GPU."""
     device = driver.Accelerator()
-    kernels, reader, sampler = gpu.graphs(device)
-    bandwidth = reader.bytes_per_s()
+    kernels, clock, sampler = gpu.graphs(device)
+    bandwidth = clock.start()
     (linear,) = (case for case in MODEL_CASES if case.name == "linear")
     square = {**gpu.SQUARE, "M": 8192}
-    own = BY_NAME["linear"].flops(square) / gpu.time_case(kernels, linear, square, copies=1)
+    own = BY_NAME["linear"].flops(square) / gpu.time_case(clock, kernels, linear, square, copies=1)
     stated = gpu_matrix_rate(device.architecture_name, "bfloat16")
     table = Table(
         bandwidth, max(own, stated or 0.0), f"stated {stated}, own product of 8192 cubed {own / 1e12:.0f} TFLOP/s"
@@ -163,7 +163,7 @@ def bench_gpu(options: argparse.Namespace) -> None:
                 held: dict[str, Any] = {}
                 for label, batch in gpu.calls(case, static).items():
                     shape = {**static, **batch}
-                    us = 1e6 * gpu.time_case(kernels, case, shape, held=held)
+                    us = 1e6 * gpu.time_case(clock, kernels, case, shape, held=held)
                     moved, flops = spec.bytes_moved(shape, 2), spec.flops(shape)
                     table.add(case.name, f"{size} {dims}, {label}", us, moved / us / 1e3, flops / us / 1e3)
     if options.kernel in (None, "sample"):
@@ -172,7 +172,7 @@ def bench_gpu(options: argparse.Namespace) -> None:
                 ("greedy", {"temperature": 0.0}),
                 ("top-k 20, top-p 0.95", {"top_k": 20, "top_p": 0.95}),
             ):
-                us = 1e6 * gpu.time_sampler(sampler, rows, VOCAB, **params)
+                us = 1e6 * gpu.time_sampler(clock, sampler, rows, VOCAB, **params)
                 table.add("sample", f"{label}, {rows} rows", us, 4 * rows * VOCAB / us / 1e3, 0.0)
     table.end(dtype="bfloat16", device=str(device))
 

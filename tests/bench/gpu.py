@@ -1,36 +1,31 @@
 """The kernels on a GPU: which calls are timed, and how, so that the numbers are those of memory and not of a cache.
 
 A call is one captured device graph with `COPIES` instances of the op in a row, each on operands of its own, and as many
-such graphs take turns as it needs for their operands to be four times the L2 cache. The host's part of a launch and the
-gap between graphs are shared by the copies; kernels of mili start while the one before ends, as they do in a step.
+such graphs take turns as it needs for their operands to be four times the L2 cache. All are enqueued before the first
+runs (`bench.gpu_clock`), so the host is not in the time; the gap between two graphs is, shared by the copies. Kernels
+of mili start while the one before ends, as they do in a step.
 Knows no reference. Invariant: what is timed has been captured, so nothing is allocated or copied meanwhile.
 """
 
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from max.driver import CPU, Buffer, Device
-from max.dtype import DType
-from max.engine import InferenceSession, Model
-from max.graph import DeviceRef, Graph, TensorType, ops
+from max.driver import Buffer, Device
 
+from bench.gpu_clock import GpuClock
 from kernels.inputs import Shape
 from kernels.model_shapes import CASES, MODELS, Case, row_index, tiled
 from kernels.specs import BY_NAME
 from kernels.test_sampling import Sampler
 from mili.sampling import SamplerState, SamplingBatch
 from mili.sampling_params import SamplingParams
-from support.graphs import compiled_graph
 from support.kernels import Kernels
 
 COPIES = 4  # each is compiled
 COLD_BYTES = 240_000_000  # four times the L2 cache of an H200
 SIZES = ("0.6B", "8B")
 SQUARE = {"K": 8192, "N": 8192, "bias": False, "wide": False}  # the largest product: what the matrix unit gives
-READ_BYTES = 132 * 1024 * 16 * 8 * 64  # 1.1 GB
 
 _DECODE = (1, 64, 256)
 _CONTEXTS = {
@@ -62,12 +57,14 @@ def instances() -> list[tuple[str, Shape]]:
     return [*(item for item in different for _ in range(COPIES)), ("linear", SQUARE)]
 
 
-def graphs(device: Device) -> tuple[Kernels, "Reader", Sampler]:
+def graphs(device: Device) -> tuple[Kernels, GpuClock, Sampler]:
     """Everything that is timed, compiled."""
-    return Kernels("bfloat16", instances(), device), Reader(device), Sampler(device)
+    return Kernels("bfloat16", instances(), device), GpuClock(device), Sampler(device)
 
 
-def time_call(kernels: Kernels, name: str, shape: Shape, inputs: Mapping[str, Any], moved: int, copies: int) -> float:
+def time_call(
+    clock: GpuClock, kernels: Kernels, name: str, shape: Shape, inputs: Mapping[str, Any], moved: int, copies: int
+) -> float:
     """Seconds of one instance of op `name` on cold operands."""
     first = {port: kernels.put(name, shape, port, values) for port, values in inputs.items()}
     sets = min(48, max(1, -(-COLD_BYTES // (copies * moved))))
@@ -83,7 +80,7 @@ def time_call(kernels: Kernels, name: str, shape: Shape, inputs: Mapping[str, An
         for key, (arguments, _) in enumerate(captured):
             kernels.replay(key, arguments)
 
-    seconds = _median(round_of_all, kernels.device) / (sets * copies)
+    seconds = clock.seconds(round_of_all) / (sets * copies)
     captured.clear()
     for key in range(sets):
         kernels.release(key)
@@ -91,7 +88,12 @@ def time_call(kernels: Kernels, name: str, shape: Shape, inputs: Mapping[str, An
 
 
 def time_case(
-    kernels: Kernels, case: Case, shape: Shape, copies: int = COPIES, held: dict[str, Buffer] | None = None
+    clock: GpuClock,
+    kernels: Kernels,
+    case: Case,
+    shape: Shape,
+    copies: int = COPIES,
+    held: dict[str, Buffer] | None = None,
 ) -> float:
     """Seconds of one instance at `shape`, on random operands; `held` keeps its weight for the next batch."""
     few = {**shape, **case.tiles}
@@ -101,11 +103,11 @@ def time_case(
         given["weight"] = held["weight"] = held.get("weight") or kernels.put(
             case.name, shape, "weight", given["weight"]
         )
-    return time_call(kernels, case.name, shape, given, BY_NAME[case.name].bytes_moved(shape, 2), copies)
+    return time_call(clock, kernels, case.name, shape, given, BY_NAME[case.name].bytes_moved(shape, 2), copies)
 
 
-def time_sampler(sampler: Sampler, rows: int, vocab: int, **params: Any) -> float:
-    """Seconds to sample `rows` rows of logits; alone in its graph, so a launch of about 2 us is in it."""
+def time_sampler(clock: GpuClock, sampler: Sampler, rows: int, vocab: int, **params: Any) -> float:
+    """Seconds to sample `rows` rows of logits; alone in its graph, so the gap between two graphs is in it."""
     rng = np.random.default_rng(0)
     batch = SamplingBatch.build([SamplerState(SamplingParams(**params), [1], seed=i).row() for i in range(rows)])
     arrays = (batch.floats, batch.ints, batch.edit_starts, batch.edit_ids, batch.edit_values, batch.masks)
@@ -121,56 +123,8 @@ def time_sampler(sampler: Sampler, rows: int, vocab: int, **params: Any) -> floa
         for key, copy in enumerate(copies):
             sampler.model.replay(key, copy, *rest)
 
-    seconds = _median(round_of_all, sampler.device) / sets
+    seconds = clock.seconds(round_of_all) / sets
     outputs.clear()
     for key in range(sets):
         sampler.model.release_captured_graph(key)
     return seconds
-
-
-class Reader:
-    """The kernel that only reads."""
-
-    def __init__(self, device: Device) -> None:
-        self.device = device
-        self._session = InferenceSession(devices=[device])
-        source = str(Path(__file__).parent / "ceilings" / "__init__.mojo")
-        self._compiled = compiled_graph(self._session, device, "read", source, (), self._graph)
-
-    def bytes_per_s(self) -> float:
-        """Bytes a second of reading `READ_BYTES` of random data."""
-        model: Model = self._session.init(self._compiled)
-        words = np.random.default_rng(0).integers(0, 2**32, READ_BYTES // 4, np.uint32)
-        x = Buffer.from_numpy(words).to(self.device)
-        model.execute(x)
-        self.device.synchronize()
-        outputs = model.capture(0, x)
-        seconds = _median(lambda: model.replay(0, x), self.device)
-        assert int(outputs[0].to(CPU()).to_numpy().view(np.uint32).sum(dtype=np.uint64)) > 0
-        return READ_BYTES / seconds
-
-    def _graph(self) -> Graph:
-        device = DeviceRef.from_device(self.device)
-        kind = TensorType(DType.uint32, ["N"], device)
-        with Graph("read", input_types=[kind], custom_extensions=[Path(__file__).parent / "ceilings"]) as graph:
-            out = TensorType(DType.uint32, [132, 1024], device)
-            graph.output(ops.custom("bench.read", device=device, values=[graph.inputs[0].tensor], out_types=[out])[0])
-        return graph
-
-
-def _median(launch: Callable[[], None], device: Device, repeats: int = 7, least: float = 0.01) -> float:
-    """Seconds of a call of `launch`, by as many in a row as `least` seconds need: their median over `repeats`."""
-    launch()
-    device.synchronize()
-    start = time.perf_counter()
-    launch()
-    device.synchronize()
-    count = max(1, int(least / (time.perf_counter() - start)))
-    times: list[float] = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(count):
-            launch()
-        device.synchronize()
-        times.append((time.perf_counter() - start) / count)
-    return float(np.median(times))

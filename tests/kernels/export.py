@@ -19,7 +19,7 @@ from max.driver import CPU, Device
 
 from bench import gpu
 from kernels.model_shapes import model_instances
-from kernels.sanitize import Race
+from kernels.sanitize import race
 from kernels.specs import DTYPES, instances
 from kernels.test_batch_invariant import invariant_instances
 from kernels.test_sampling import Sampler
@@ -35,7 +35,7 @@ def parts(device: Device) -> dict[str, list[Callable[[], object]]]:
         "invariant": [lambda: Kernels("bfloat16", invariant_instances(), device)],
         "sample": [lambda: Sampler(device), lambda: Sampler(CPU(), PORTABLE)],
         "bench": [lambda: gpu.graphs(device)],
-        "fault": [lambda: Race(device)],
+        "fault": [lambda: race(device)],
     }
 
 

@@ -14,18 +14,20 @@ barrier (`faults`): to prove that the tool sees it.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from max import driver
 from max.driver import Buffer, Device
 from max.dtype import DType
-from max.engine import InferenceSession
-from max.graph import DeviceRef, Graph, TensorType, ops
 
 from kernels.inputs import Shape
 from kernels.model_shapes import CASES, MODELS, VOCAB, Case, model_instances, row_index, tiled
 from kernels.specs import BY_NAME, DTYPES
-from support.graphs import compiled_graph
+from kernels.test_sampling import Sampler
+from mili.sampling import SamplerState, SamplingRow
+from mili.sampling_params import SamplingParams
+from support.graphs import LoneOp
 from support.kernels import Kernels
 
 # Each number of rows takes another path of the product in one model or the other; a prompt of 600 has several tiles.
@@ -41,6 +43,16 @@ DECODES = (  # by how many blocks share a request, and how deep their rings are
     ((300, 1),) * 20,
 )
 PROMPTS = (((65, 65), (1, 1), (300, 3)), ((130, 130),), ((600, 300), (50, 50)))
+DRAWS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.0, "logprobs": 5},
+    {},
+    {"top_k": 20, "top_p": 0.95},
+    {"top_k": 5, "logprobs": 20},
+    {"top_p": 0.9},
+    {"min_p": 0.1},
+    {"top_k": 20, "top_p": 0.95, "min_p": 0.1, "repetition_penalty": 1.3, "logit_bias": {3: 2.0}, "logprobs": 1},
+)
 
 
 def batches(case: Case, static: Shape, dtype: str) -> list[Shape]:
@@ -63,26 +75,21 @@ def read_past_the_end(kernels: Kernels, static: Shape) -> None:
     kernels.run("embedding", shape, {**inputs, "token_ids": np.array([1 << 19], np.int32)})
 
 
-class Race:
+def race(device: Device) -> LoneOp:
     """The kernel that lacks a barrier."""
+    return LoneOp(device, "fault.race", Path(__file__).parent / "faults", DType.int32, [256], [256])
 
-    def __init__(self, device: Device) -> None:
-        self.device = device
-        self._session = InferenceSession(devices=[device])
-        source = str(Path(__file__).parent / "faults" / "__init__.mojo")
-        self._compiled = compiled_graph(self._session, device, "race", source, (), self._graph)
 
-    def run(self) -> None:
-        """Once."""
-        x = Buffer.from_numpy(np.arange(256, dtype=np.int32)).to(self.device)
-        self._session.init(self._compiled).execute(x)
-        self.device.synchronize()
-
-    def _graph(self) -> Graph:
-        kind = TensorType(DType.int32, [256], DeviceRef.from_device(self.device))
-        with Graph("race", input_types=[kind], custom_extensions=[Path(__file__).parent / "faults"]) as graph:
-            graph.output(ops.custom("fault.race", kind.device, [graph.inputs[0].tensor], [kind])[0])
-        return graph
+def draw(sampler: Sampler) -> None:
+    """Batches of rows that want different things, of vocabularies of different sizes."""
+    rng = np.random.default_rng(0)
+    for vocab in (33, 8193, VOCAB):
+        rows = [SamplerState(SamplingParams(**params), [1, 5, 7], seed=i).row() for i, params in enumerate(DRAWS)]
+        mask = rng.integers(-(2**31), 2**31, -(-vocab // 32), np.int32)
+        rows += [rows[0]._replace(mask=mask), rows[-1]._replace(mask=mask), SamplingRow.scoring(3, 20)]
+        for count in (1, len(rows)):
+            sampler.rows(rng.standard_normal((count, vocab), np.float32), rows[:count])
+            print("sample", vocab, count, flush=True)
 
 
 def main() -> None:
@@ -93,11 +100,17 @@ def main() -> None:
     parser.add_argument("--fault", choices=("memory", "race"), help="make one mistake instead")
     options = parser.parse_args()
     model = MODELS[options.model]
+    device = driver.Accelerator()
     if options.fault == "race":
-        Race(driver.Accelerator()).run()
+        race(device).load().execute(Buffer.from_numpy(np.arange(256, dtype=np.int32)).to(device))
+        device.synchronize()
+        return
+    if not options.fault and "sample" in (options.ops or ("sample",)):
+        draw(Sampler(device))
+    if options.ops == ["sample"]:
         return
     for dtype in (options.dtype,) if options.dtype else reversed(DTYPES):  # the one that matters first
-        kernels = Kernels(dtype, model_instances(), driver.Accelerator())
+        kernels = Kernels(dtype, model_instances(), device)
         if options.fault:
             read_past_the_end(kernels, {"H": model.hidden})
             return

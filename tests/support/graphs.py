@@ -16,11 +16,12 @@ from pathlib import Path
 
 from max import driver
 from max.driver import Device
-from max.engine import InferenceSession
+from max.dtype import DType
+from max.engine import InferenceSession, Model
 from max.engine.api import CompiledModel, read
-from max.graph import Graph
+from max.graph import DeviceRef, Graph, TensorType, ops
 
-from mili import ops
+from mili import ops as wrappers
 from mili.compiler import cache_folder, target_of
 from mili.ops import _call
 
@@ -53,8 +54,8 @@ def compiled_graph(
     target = f"cpu {cpu_target}" if device.is_host and cpu_target else target_of(device)
     cpu_target = cpu_target or (driver.get_virtual_cpu_target() if device.is_host else PORTABLE)
     digest = hashlib.sha256(repr((version("max"), target, facts)).encode())
-    wrappers = Path(ops.__file__).parent.glob("*.py")
-    for file in sorted([*_call.kernels_path().glob("*.mojo"), *wrappers, Path(source)], key=lambda f: f.name):
+    python = Path(wrappers.__file__).parent.glob("*.py")
+    for file in sorted([*_call.kernels_path().glob("*.mojo"), *python, Path(source)], key=lambda f: f.name):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     carried = os.environ.get(CARRIED)
     path = (Path(carried) if carried else cache_folder()) / f"{name}-{digest.hexdigest()[:32]}.mef"
@@ -76,3 +77,28 @@ def compiled_graph(
         compiled.export_mef(f"{folder}/{path.name}")
         os.replace(f"{folder}/{path.name}", path)
     return compiled
+
+
+class LoneOp:
+    """A graph of one op, of a Mojo package that is not mili's: one array in, one of the same dtype out."""
+
+    def __init__(
+        self, device: Device, op: str, package: Path, dtype: DType, given: list[str | int], made: list[int]
+    ) -> None:
+        """Compiled now or before; `given` and `made` are the shapes."""
+        name = op.rpartition(".")[2]
+
+        def build() -> Graph:
+            kind = TensorType(dtype, given, DeviceRef.from_device(device))
+            with Graph(name, input_types=[kind], custom_extensions=[package]) as graph:
+                out = TensorType(dtype, made, kind.device)
+                graph.output(ops.custom(op, kind.device, [graph.inputs[0].tensor], [out])[0])
+            return graph
+
+        self._session = InferenceSession(devices=[device])
+        source, facts = str(package / "__init__.mojo"), (op, str(dtype), given, made)
+        self._compiled = compiled_graph(self._session, device, name, source, facts, build)
+
+    def load(self) -> Model:
+        """Onto the device."""
+        return self._session.init(self._compiled)
