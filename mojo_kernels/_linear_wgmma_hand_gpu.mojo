@@ -14,7 +14,6 @@ from ._linear_wgmma_walk_gpu import tile_origin
 from ._prelude import *
 from layout import TileTensor
 from layout.tma_async import SharedMemBarrier
-from max.gpu.sync import syncwarp
 
 comptime HANDS = 3  # warps that finish tiles
 comptime _FIRST = 9  # of them, behind two warpgroups and the producer
@@ -29,10 +28,10 @@ comptime _Buffer = MutPointer[Float32, _, address_space=AddressSpace.SHARED]
 
 @always_inline
 def init_hands(barriers: _Barriers):
-    """Prepares four barriers: filled by each warpgroup, then freed for each."""
+    """Prepares four barriers: filled by each warpgroup, then freed for each; every thread arrives for itself."""
     comptime for group in range(2):
-        barriers[unsafe_offset=group].init(4)
-        barriers[unsafe_offset=2 + group].init(Int32(HANDS))
+        barriers[unsafe_offset=group].init(128)
+        barriers[unsafe_offset=2 + group].init(Int32(32 * HANDS))
 
 
 @always_inline
@@ -53,9 +52,7 @@ def hand_over(
             comptime E = 4 * (v // 2 * 4 + i) + v % 2 * 2
             words[i] = round_pair(acc[0, E][0], acc[0, E + 1][0])
         to.unsafe_store[alignment=16](v * 512, words)
-    syncwarp()
-    if lane_id() == 0:
-        _ = barriers[unsafe_offset=group].arrive()
+    _ = barriers[unsafe_offset=group].arrive()
 
 
 @always_inline
@@ -92,7 +89,5 @@ def finish_tiles[
                     comptime for i in range(4):
                         words[i] = gate_pair(words[i], ups[i])
                     store_quad(y, words, token + half * 8, at[1] + quad * 32, M, N)
-            syncwarp()
-            if lane_id() == 0:
-                _ = barriers[unsafe_offset=2 + group].arrive()
+            _ = barriers[unsafe_offset=2 + group].arrive()
         turn += 1
