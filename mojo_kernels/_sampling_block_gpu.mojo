@@ -28,7 +28,11 @@ comptime LIST_KEYS = RESULT + 8
 comptime LIST_IDS = LIST_KEYS + MAX_LOGPROBS
 comptime LIST_LEN = LIST_IDS + MAX_LOGPROBS
 comptime PEER = LIST_LEN + 1  # 64 bits for the other blocks to read
-comptime NUM_WORDS = PEER + 2
+comptime FEW_LEN = PEER + 2
+comptime FEW_KEYS = FEW_LEN + 1
+comptime FEW = 2048  # candidates at most that a draw is made from here
+comptime FEW_IDS = FEW_KEYS + FEW
+comptime NUM_WORDS = FEW_IDS + FEW
 
 
 @always_inline

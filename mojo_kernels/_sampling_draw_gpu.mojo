@@ -2,6 +2,7 @@
 
 from ._prelude import *
 from ._sampling_block_gpu import (
+    FIRST,
     THREADS,
     VEC,
     WARPS,
@@ -17,9 +18,12 @@ from ._sampling_block_gpu import (
     _warp_sum,
     _wide,
 )
-from ._sampling_filter_gpu import _filter
+from ._sampling_few_gpu import _collect, is_few
+from ._sampling_filter_gpu import COUNT, MASS, _filter, _histogram, _locate
 from ._sampling_math import (
+    BINS,
     LOWEST_KEY,
+    NEAR_BINS,
     U32,
     U64,
     _exp,
@@ -32,6 +36,7 @@ from ._sampling_math import (
     _random,
     _reciprocal,
     _scaled,
+    _top_p_goal,
 )
 
 
@@ -117,18 +122,46 @@ def _draw[
     return start + VEC - 1
 
 
-def _choose[ALIGN: Int, C: Int](words: Words, x: Ptr[F32], v: Int, floats: Ptr[F32], ints: Ptr[DType.int32]) -> Int:
-    """The token that the row's parameters pick from the edited logits x."""
+def _choose[
+    ALIGN: Int, C: Int
+](words: Words, x: Ptr[F32], v: Int, floats: Ptr[F32], ints: Ptr[DType.int32], mut top_key: UInt32) -> Int:
+    """The token that the row's parameters pick from the edited logits x; sets top_key to the largest key."""
     var token = 0
-    var top_key = _argmax[ALIGN, C](words, x, v, token)
+    top_key = _argmax[ALIGN, C](words, x, v, token)
     var temperature = floats[unsafe_offset=0]
     if not temperature > 0 or top_key == LOWEST_KEY:
         return token
     var inverse = _reciprocal(temperature)
-    var lowest = _filter[ALIGN, C](words, x, v, top_key, inverse, Int(ints[unsafe_offset=0]), floats[unsafe_offset=1])
+    var min_p = floats[unsafe_offset=2]
     var random = _random(
         bitcast[U32, 1](ints[unsafe_offset=3]),
         bitcast[U32, 1](ints[unsafe_offset=4]),
         bitcast[U32, 1](ints[unsafe_offset=5]),
     )
-    return _draw[ALIGN, C](words, x, v, _key_value(top_key), inverse, lowest, floats[unsafe_offset=2], random)
+    var top_p = floats[unsafe_offset=1]
+    var top_k = Int(ints[unsafe_offset=0])
+    if top_k < 0 or top_k >= v:
+        top_k = 0  # no limit
+    var top = _key_value(top_key)
+    var lowest = UInt32(0)
+
+    @always_inline
+    def keep[column: Int](goal: UInt64, mut lowest: UInt32) {imm} -> Int:
+        """Sets the lowest key that is kept; the token, if it could be drawn at once, or else -1."""
+        var place = _locate[ALIGN, C, column](words, x, v, top, inverse, goal)
+        if is_few(place):
+            var few = _collect[ALIGN, C](words, x, v, top_key, inverse, place.bin)
+            return few.draw(v, few.filter[column](top_p, goal), min_p, random)
+        lowest = _filter[ALIGN, C, column](words, x, v, top_key, inverse, top_p, goal, place)
+        return -1
+
+    if top_k > 0 or top_p < 1:
+        _histogram[ALIGN, C](words, FIRST, x, v, top, inverse, 0, NEAR_BINS)
+        if top_k > 0:
+            token = keep[COUNT](UInt64(top_k), lowest)
+        else:
+            var masses = _wide(words, FIRST + BINS + thread_idx.x, FIRST + 2 * BINS + thread_idx.x)
+            token = keep[MASS](_top_p_goal(_block_sum(words, masses), top_p), lowest)
+        if token >= 0:
+            return token
+    return _draw[ALIGN, C](words, x, v, top, inverse, lowest, min_p, random)

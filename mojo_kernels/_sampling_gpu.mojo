@@ -11,7 +11,7 @@ from std.utils.static_tuple import StaticTuple
 from ._prelude import *
 from ._sampling_block_gpu import LIST_IDS, LIST_KEYS, NUM_WORDS, THREADS, VEC, Words, _argmax, _each, _rank, _row_barrier
 from ._sampling_draw_gpu import _choose
-from ._sampling_logprobs_gpu import _list_top, _rank_of, _total_mass
+from ._sampling_logprobs_gpu import _list_top, _total_and_rank
 from ._sampling_math import (
     LOWEST_KEY,
     MAX_LOGPROBS,
@@ -86,7 +86,8 @@ def _sample_kernel[
                 x[unsafe_offset=token_id] = _edited(raw[unsafe_offset=token_id], edit_values, edit)
         _row_barrier[C]()
 
-    var token = _choose[ALIGN, C](words, x, v, floats.unsafe_offset(r * NUM_FLOATS), row_ints)
+    var top_key = UInt32(0)
+    var token = _choose[ALIGN, C](words, x, v, floats.unsafe_offset(r * NUM_FLOATS), row_ints, top_key)
     var n = min(Int(row_ints[unsafe_offset=1]), MAX_LOGPROBS)
     var first_block = _rank[C]() == 0
     if first_block and thread_idx.x < MAX_LOGPROBS:
@@ -101,14 +102,14 @@ def _sample_kernel[
     var target = Int(row_ints[unsafe_offset=2])
     if target < 0 or target >= v:
         target = token
-    var likeliest = 0
-    var top_key = _argmax[ALIGN, C](words, raw, v, likeliest)
+    if x != raw:
+        var likeliest = 0
+        top_key = _argmax[ALIGN, C](words, raw, v, likeliest)
     var top = _key_value(top_key)
-    var log_total = Float32(0)
-    if top_key != LOWEST_KEY:
-        log_total = _log_total(_total_mass[ALIGN, C](words, raw, v, top))
     var target_key = _key(raw[unsafe_offset=target])
-    var rank = _rank_of[ALIGN, C](words, raw, v, target_key)
+    var rank = 0
+    var total = _total_and_rank[ALIGN, C](words, raw, v, top, target_key, rank)
+    var log_total = _log_total(total) if top_key != LOWEST_KEY else Float32(0)
     if first_block and thread_idx.x == 0:
         logprobs[unsafe_offset=r] = _logprob(target_key, top, log_total)
         ranks[unsafe_offset=r] = Int32(rank)
@@ -176,10 +177,10 @@ def _sample_gpu(
             attributes=pdl_launch_attributes(PDLLevel.ON),
         )
 
-    # A multiprocessor holds one block: as many to a row as keep all of them busy at once.
+    # A multiprocessor holds one block: as many to a row as keep all of them busy at once. Sixteen clusters of 8 do not fit.
     if v % VEC != 0:
         launch[4, 1]()
-    elif rows <= 16:
+    elif rows <= 8:
         launch[4 * VEC, 8]()
     elif rows <= 64:
         launch[4 * VEC, 2]()

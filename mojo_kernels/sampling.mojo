@@ -16,9 +16,11 @@ Shapes:    token_ids [R], logprobs [R], ranks [R], top_ids [R, 20], top_logprobs
 Dtypes:    logits float32, ids int32. Keys (order-preserving uint32) and masses (uint64) make every decision in
            integers, so threads, neighbours and the device do not change a token
 CPU:       parallel over rows; SIMD over V. A threshold is a radix search: bins of y, then of the key's digits
-GPU:       a cluster of 8 thread blocks of 1024 threads per row up to 16 rows, of 2 up to 64 rows, then one block; warps
+GPU:       a cluster of 8 thread blocks of 1024 threads per row up to 8 rows, of 2 up to 64 rows, then one block; warps
            share histograms by shared-memory atomics and blocks add theirs; a draw narrows a segment 32-fold at a time. A
-           row is read once for argmax, twice for a plain draw, some 8 times to filter
+           row is read once for argmax, twice for a plain draw, three or four times to filter where that leaves 2048
+           candidates or fewer, which then are in shared memory, else some 8 times; log-probabilities take one pass, the
+           likeliest two or three
 Bound:     bytes = 4 R V (greedy); flops = R V
 Limits:    V < 2^22. Tokens tied with the last one that a filter keeps are kept. Tokens less likely than 2^-40 times the
            likeliest are never drawn. NaN counts as -inf, +inf as the largest float; a row without any other value gives

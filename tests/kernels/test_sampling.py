@@ -536,10 +536,16 @@ def test_gpu_draws_what_the_cpu_draws(sampler: Sampler) -> None:
     if sampler.device.is_host:
         pytest.skip("compares the GPU with the CPU")
     on_cpu = Sampler(CPU(), PORTABLE if CARRIED in os.environ else None)
-    for vocab in (101, QWEN3_VOCAB):
-        logits = np.concatenate([shapes_of_rows(vocab)] * len(FILTERS))
-        rows = [row(seed=i, repetition_penalty=1 + i % 2, **FILTERS[i % len(FILTERS)]) for i in range(len(logits))]
-        assert (sampler.rows(logits, rows).token_ids == on_cpu.rows(logits, rows).token_ids).all()
+    # Up to 2048 candidates a GPU draws from a list of them.
+    filters = [*FILTERS, {"top_k": 2048}, {"top_k": 2049}, {"top_k": 3000, "top_p": 0.99}, {"top_k": 100, "min_p": 0.2}]
+    for vocab in (101, 2049, QWEN3_VOCAB):
+        logits = np.concatenate([shapes_of_rows(vocab)] * len(filters))
+        rows = [
+            row(seed=i, repetition_penalty=1 + i % 2, logprobs=i % 21, **filters[i % len(filters)])
+            for i in range(len(logits))
+        ]
+        got, want = sampler.rows(logits, rows), on_cpu.rows(logits, rows)
+        assert (got.token_ids == want.token_ids).all() and (got.top_ids == want.top_ids).all()
 
 
 # --- mistakes in the graph -----------------------------------------------------------------------------------------
