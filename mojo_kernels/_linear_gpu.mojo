@@ -1,10 +1,11 @@
-"""GPU path of `mili.linear`: chooses by shape among four kernels.
+"""GPU path of `mili.linear`: chooses by shape among five kernels.
 
 Up to 4 rows and a large weight: `_linear_stream_gpu` streams it through shared memory.
 Up to 8 rows (16 of the smallest) and a small weight: `_linear_skinny_gpu` holds it in registers as tensor-core fragments.
+Up to 256 rows, of a w whose tiles all find a multiprocessor, and a bfloat16 result: `_linear_few_gpu`, TMA and wgmma with all ahead.
 Other bfloat16: TMA and wgmma, `_linear_wgmma_gpu`. Of its tiles the one whose waves take least, by measured costs, is chosen.
 float32, and K no multiple of 8 (the copy engine wants 16-byte rows): the tiled kernel below, for correctness only.
-`gated_linear_gpu` knows the last three.
+`gated_linear_gpu` knows all but the first.
 
 Every kernel adds in a fixed order, so results repeat bit for bit. Which kernel runs depends on M, so a row may differ
 in its last bit between batches of different size; up to 4 rows it does not. `INVARIANT` takes this away: wgmma for any
@@ -14,11 +15,12 @@ All but the last fetch w before the kernel ahead has finished (programmatic depe
 ahead must not write w. Nothing waits on the host: a device graph may capture it.
 """
 
+from ._linear_few_gpu import fits_few, linear_few
 from ._linear_skinny_gpu import fits_skinny, fits_skinny_gated, linear_skinny, linear_skinny_gated
 from ._linear_stream_gpu import fits_held, fits_stream, linear_stream
 from ._linear_stream_kernel_gpu import COPY, DIRECT
 from ._linear_wgmma_gpu import MAX_STAGES, linear_wgmma
-from ._linear_wgmma_store_gpu import PAD, inbox_bytes
+from ._linear_wgmma_store_gpu import PAD
 from ._prelude import *
 from .silu_mul import _silu_mul
 
@@ -92,30 +94,58 @@ def _linear_simt[
 
 @always_inline
 def _few_tokens[
-    out_dtype: DType, has_bias: Bool, GATED: Bool, INVARIANT: Bool, COLUMNS: Int
+    out_dtype: DType, has_bias: Bool, GATED: Bool, COLUMNS: Int
 ](y: Ptr[out_dtype], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
-    """Tiles of 64 rows of w by COLUMNS tokens; splits k when the tiles leave most multiprocessors idle."""
+    """Tiles of 64 rows of w by COLUMNS tokens, of any shape."""
     comptime SMS = ctx.default_device_info.sm_count
     comptime STAGE = (64 + COLUMNS) * 128
     comptime TILE = COLUMNS * (64 + PAD) * 4
     var tiles = ceildiv(n, 32 if GATED else 64) * ceildiv(m, COLUMNS)
-    var k_tiles = ceildiv(k, 64)
     if tiles > 3 * SMS:
         # Two blocks a multiprocessor walk over the tiles: the ring fills for the next while one is stored.
         var stages = min((RING_BYTES // 2 - TILE) // STAGE, MAX_STAGES)
-        linear_wgmma[out_dtype, has_bias, GATED, True, 1, COLUMNS](y, x, w, bias, m, n, k, 1, stages, 2 * SMS, ctx)
+        linear_wgmma[out_dtype, has_bias, GATED, True, 1, COLUMNS](y, x, w, bias, m, n, k, stages, 2 * SMS, ctx)
         return
-    var split = 1
-    # More than four blocks, or one for nearly each multiprocessor, pay with few tokens only: a share is sent for each.
-    while not INVARIANT and split < 8 and k_tiles >= max(32, 4 * split):
-        if 2 * split * tiles > (SMS if COLUMNS <= 32 else SMS // split):
-            break
-        split *= 2
     # One block a multiprocessor gets a ring as deep as fits; otherwise up to three share its memory.
-    var blocks = min(ceildiv(tiles * split, SMS), 3)
-    var room = RING_BYTES - (inbox_bytes[COLUMNS, 128](split) if split > 1 else 0)
-    var stages = min(max(room // blocks // STAGE, 4), MAX_STAGES, ceildiv(k_tiles, split))
-    linear_wgmma[out_dtype, has_bias, GATED, True, 1, COLUMNS](y, x, w, bias, m, n, k, split, stages, tiles, ctx)
+    var blocks = min(ceildiv(tiles, SMS), 3)
+    var stages = min(max(RING_BYTES // blocks // STAGE, 4), MAX_STAGES, ceildiv(k, 64))
+    linear_wgmma[out_dtype, has_bias, GATED, True, 1, COLUMNS](y, x, w, bias, m, n, k, stages, tiles, ctx)
+
+
+# --8<-- [start:few]
+@always_inline
+def _parts[COLUMNS: Int, GATED: Bool, INVARIANT: Bool](tiles: Int, k: Int, sms: Int) -> Int:
+    """Blocks that share the k of a tile: about 64 in all where a product is short, one a multiprocessor where k is long."""
+    comptime if INVARIANT:
+        return 1
+    elif GATED:
+        # Of tiles this narrow two blocks fit on a multiprocessor.
+        return 2 if COLUMNS == 16 and k >= 1024 else 1
+    else:
+        var most = sms if k >= 4096 else sms // 2
+        var parts = 1
+        while parts < (2 if COLUMNS == 128 else 4) and 2 * parts * tiles <= most and k >= 512 * parts:
+            parts *= 2
+        return parts
+# --8<-- [end:few]
+
+
+@always_inline
+def _few[
+    has_bias: Bool, GATED: Bool, INVARIANT: Bool, COLUMNS: Int
+](y: Ptr[BF16], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
+    """Tiles of 64 rows of w by COLUMNS tokens, k in as many parts as pay."""
+    comptime CHUNKS = 4 if COLUMNS <= 32 else 2
+    comptime SMS = ctx.default_device_info.sm_count
+    var parts = _parts[COLUMNS, GATED, INVARIANT](ceildiv(n, 32 if GATED else 64) * ceildiv(m, COLUMNS), k, SMS)
+    comptime MOST = 1 if INVARIANT else 4 if not GATED else 2 if COLUMNS == 16 else 1
+    comptime for log in range(1, 3):
+        comptime PARTS = 1 << log
+        comptime if PARTS <= MOST:
+            if parts == PARTS:
+                linear_few[has_bias, GATED, 1, COLUMNS, PARTS, CHUNKS](y, x, w, bias, m, n, k, ctx)
+                return
+    linear_few[has_bias, GATED, 1, COLUMNS, 1, CHUNKS](y, x, w, bias, m, n, k, ctx)
 
 
 @always_inline
@@ -128,25 +158,42 @@ def _many_tokens[
     comptime SMS = ctx.default_device_info.sm_count
     # Less traffic leaves the tensor cores more of the power limit: 2 to 8% at 16384 tokens of 8B, nothing where k is short.
     if m > 128 and k >= 4096:
-        linear_wgmma[out_dtype, has_bias, GATED, False, 2, COLUMNS, 2](y, x, w, bias, m, n, k, 1, stages, SMS, ctx)
+        linear_wgmma[out_dtype, has_bias, GATED, False, 2, COLUMNS, 2](y, x, w, bias, m, n, k, stages, SMS, ctx)
     else:
-        linear_wgmma[out_dtype, has_bias, GATED, False, 2, COLUMNS](y, x, w, bias, m, n, k, 1, stages, SMS, ctx)
+        linear_wgmma[out_dtype, has_bias, GATED, False, 2, COLUMNS](y, x, w, bias, m, n, k, stages, SMS, ctx)
 
 
 def _linear_tiles[
     out_dtype: DType, has_bias: Bool, GATED: Bool, INVARIANT: Bool
 ](y: Ptr[out_dtype], x: Ptr[BF16], w: Ptr[BF16], bias: Ptr[BF16], m: Int, n: Int, k: Int, ctx: DeviceContext) raises:
-    """Chooses tile and split of the wgmma kernel; n counts the columns of y."""
+    """Chooses tile and split of the wgmma kernels; n counts the columns of y."""
     comptime SMS = ctx.default_device_info.sm_count
-    if m <= 32:
-        _few_tokens[out_dtype, has_bias, GATED, INVARIANT, 32](y, x, w, bias, m, n, k, ctx)
-    elif m <= 64:
-        _few_tokens[out_dtype, has_bias, GATED, INVARIANT, 64](y, x, w, bias, m, n, k, ctx)
+    comptime NARROW = out_dtype == BF16
+    var w_rows = 2 * n if GATED else n
+    var k_tiles = ceildiv(k, 64)
+    var few = NARROW and fits_few(n, k)
+    # Tiles of 64 tokens have 64 rows of w, or 128 if there would be too many.
+    var groups = 1
+    while groups < 4 and ceildiv(w_rows, 64 * groups) * ceildiv(m, 64) > SMS:
+        groups *= 2
+    if m <= 64:
+        comptime if NARROW:
+            var yb = rebind[Ptr[BF16]](y)
+            if few and (groups == 1 or (groups == 2 and m > 32)):
+                if m <= 16:
+                    _few[has_bias, GATED, INVARIANT, 16](yb, x, w, bias, m, n, k, ctx)
+                elif m <= 32:
+                    _few[has_bias, GATED, INVARIANT, 32](yb, x, w, bias, m, n, k, ctx)
+                elif groups == 1:
+                    _few[has_bias, GATED, INVARIANT, 64](yb, x, w, bias, m, n, k, ctx)
+                else:
+                    linear_few[has_bias, GATED, 2, 64, 1, 2](yb, x, w, bias, m, n, k, ctx)
+                return
+        if m <= 32:
+            _few_tokens[out_dtype, has_bias, GATED, 32](y, x, w, bias, m, n, k, ctx)
+        else:
+            _few_tokens[out_dtype, has_bias, GATED, 64](y, x, w, bias, m, n, k, ctx)
     else:
-        var w_rows = 2 * n if GATED else n
-        var k_tiles = ceildiv(k, 64)
-
-        comptime SPLITS = out_dtype == BF16 and not (GATED or INVARIANT)
 
         # --8<-- [start:choice]
         @always_inline
@@ -160,22 +207,40 @@ def _linear_tiles[
         var by_256 = nanoseconds[256](690, 700) + 2000 if GATED else nanoseconds[256](690, 2800)
         # Half of k each for the two blocks of a cluster, where that keeps more multiprocessors busy.
         var tiles = ceildiv(m, 128) * ceildiv(w_rows, 128)
-        var split = 2 if SPLITS and 2 * tiles <= SMS and k_tiles >= 32 else 1
+        var split = 2 if few and not (GATED or INVARIANT) and 2 * tiles <= SMS and k_tiles >= 32 else 1
         if split == 2:
             by_128 = k_tiles // 2 * 372 + 5400
         var best = min(by_128, min(by_192, by_256))
         # --8<-- [end:choice]
-        # 64 rows of w by 128 tokens, one warpgroup; k in one part or two.
+        # 64 rows of w by 128 tokens; k in one part or two.
         var small = ceildiv(w_rows, 64) * ceildiv(m, 128)
-        var parts = 2 if not INVARIANT and 2 * small <= SMS and k_tiles >= 32 else 1
-        if small <= SMS and k_tiles // parts * 270 + 1200 * parts - 150 < best:
-            _few_tokens[out_dtype, has_bias, GATED, INVARIANT, 128](y, x, w, bias, m, n, k, ctx)
-        elif best == by_128:
-            comptime if SPLITS:
-                if split == 2:
-                    linear_wgmma[out_dtype, has_bias, GATED, True, 2, 128](y, x, w, bias, m, n, k, 2, 5, SMS, ctx)
+        var parts = _parts[128, GATED, INVARIANT](small, 4096, SMS) if few and k_tiles >= 32 else 1
+        var by_small = k_tiles // parts * 270 + 1200 * parts - 150 if small <= SMS else best
+        comptime if NARROW:
+            var yb = rebind[Ptr[BF16]](y)
+            var parts_64 = _parts[64, GATED, INVARIANT](ceildiv(w_rows, 64) * ceildiv(m, 64), k, SMS) if groups == 1 else 1
+            var by_64 = k_tiles // parts_64 * (64 * groups + 64) * 11 // 8 + (1050 if parts_64 == 1 else 2250)
+            if few and groups <= 2 and m <= 128 and by_64 < min(best, by_small):
+                if groups == 1:
+                    _few[has_bias, GATED, INVARIANT, 64](yb, x, w, bias, m, n, k, ctx)
+                else:
+                    linear_few[has_bias, GATED, 2, 64, 1, 2](yb, x, w, bias, m, n, k, ctx)
+                return
+            if few and by_small < best:
+                comptime if not (GATED or INVARIANT):
+                    if parts == 2:
+                        linear_few[has_bias, GATED, 1, 128, 2, 2](yb, x, w, bias, m, n, k, ctx)
+                        return
+                linear_few[has_bias, GATED, 1, 128, 1, 2](yb, x, w, bias, m, n, k, ctx)
+                return
+            comptime if not (GATED or INVARIANT):
+                if split == 2 and best == by_128:
+                    linear_few[has_bias, GATED, 2, 128, 2, 1](yb, x, w, bias, m, n, k, ctx)
                     return
-            linear_wgmma[out_dtype, has_bias, GATED, False, 2, 128](y, x, w, bias, m, n, k, 1, 6, SMS, ctx)
+        if by_small < best:
+            _few_tokens[out_dtype, has_bias, GATED, 128](y, x, w, bias, m, n, k, ctx)
+        elif best == by_128:
+            linear_wgmma[out_dtype, has_bias, GATED, False, 2, 128](y, x, w, bias, m, n, k, 6, SMS, ctx)
         elif best == by_192:
             _many_tokens[out_dtype, has_bias, GATED, 192](y, x, w, bias, m, n, k, 5, ctx)
         else:

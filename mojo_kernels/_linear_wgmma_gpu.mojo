@@ -5,13 +5,11 @@ empty. Operand A supplies the 64 rows a wgmma takes per warpgroup, operand B its
 is x and B is w; with few tokens they swap, so that only the tokens are padded. Rows, columns and k past the end are
 zero-filled by the copy engine and guarded at the store. A gated product (`GATED`) puts as many gate rows as up rows of w
 into its tile, from two copies, and stores silu(gate) * up; of its widest tile, three idle warps do that. The blocks of a
-cluster of SHARE take neighbouring tiles of A and the same tile of B, of which each copies its share to all of them. When
-swapped tiles are fewer than multiprocessors, the blocks of a cluster split k: each sends every other one its share of the
-partial tile, which that one adds up in rank order, so that results repeat bit for bit.
+cluster of SHARE take neighbouring tiles of A and the same tile of B, of which each copies its share to all of them.
 """
 
 from ._linear_wgmma_hand_gpu import HAND_BYTES, finish_tiles, hand_over, init_hands
-from ._linear_wgmma_store_gpu import PAD, cluster_arrive, cluster_wait, gate, inbox_bytes, store_rows, store_swapped
+from ._linear_wgmma_store_gpu import PAD, gate, store_rows, store_swapped
 from ._linear_wgmma_walk_gpu import tile_origin
 from ._prelude import *
 from layout import TileTensor, row_major, stack_allocation
@@ -56,10 +54,9 @@ def _wgmma_kernel[
     m32: Int32,
     n32: Int32,
     k32: Int32,
-    split32: Int32,
     stages32: Int32,
 ):
-    """Blocks walk over tiles of 64*GROUPS rows of A by COLUMNS of B; `split` blocks of a cluster share a tile's k."""
+    """Blocks walk over tiles of 64*GROUPS rows of A by COLUMNS of B."""
     comptime ROWS = 64 * GROUPS
     comptime OUTPUTS = ROWS if SWAP else COLUMNS
     comptime HANDED = _HANDED[GATED, SWAP, GROUPS, COLUMNS]
@@ -75,29 +72,23 @@ def _wgmma_kernel[
     var smem = external_memory[Scalar[BF16], address_space=AddressSpace.SHARED, alignment=1024]()
     var full = unsafe_stack_allocation[MAX_STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
     var empty = unsafe_stack_allocation[MAX_STAGES, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
-    var summands = unsafe_stack_allocation[1, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
     var hands = unsafe_stack_allocation[4, SharedMemBarrier, alignment=8, address_space=AddressSpace.SHARED]()
     var M = Int(m32)
     var N = Int(n32)
-    var split = Int(split32)
     var stages = Int(stages32)
-    var rank = block_idx.x % (split if SHARE == 1 else SHARE)
+    var rank = block_idx.x % SHARE
     var behind = smem.unsafe_offset(stages * STAGE_ELEMS).unsafe_bitcast[Float32]()  # the ring
-    var k_tiles = ceildiv(Int(k32), BK)
-    var k_rank = rank if SHARE == 1 else 0
-    var k_first = k_tiles * k_rank // split
-    var k_count = k_tiles * (k_rank + 1) // split - k_first
+    var k_count = ceildiv(Int(k32), BK)
     # The blocks that share a tile of B take neighbouring tiles of A.
     var a_tiles = ceildiv(N if SWAP else M, A_BOX * SHARE)
     var b_tiles = ceildiv(M if SWAP else N, B_STEP)
-    var first = block_idx.x // (split * SHARE)
-    var stride = grid_dim.x // (split * SHARE)
+    var first = block_idx.x // SHARE
+    var stride = grid_dim.x // SHARE
 
     if thread_idx.x == 0:
         for s in range(stages):
             full[unsafe_offset=s].init(1)
             empty[unsafe_offset=s].init(Int32(GROUPS * SHARE))
-        summands[].init(1)
         comptime if HANDED:
             init_hands(hands)
         fence_mbarrier_init()
@@ -106,10 +97,6 @@ def _wgmma_kernel[
     else:
         barrier()
     launch_dependent_grids()
-    if SWAP and split > 1:
-        cluster_arrive()  # the barriers above are ready for the others
-        if thread_idx.x == 0:
-            summands[].expect_bytes(Int32(inbox_bytes[COLUMNS, 128 * GROUPS](split)))
 
     comptime origin = tile_origin[SHARE, A_BOX, B_STEP]
     if warp_id() >= 4 * GROUPS:
@@ -143,10 +130,10 @@ def _wgmma_kernel[
             var start = origin(first, a_tiles, b_tiles, rank)
             for i in range(ahead):
                 full[unsafe_offset=i].expect_bytes(Int32(STAGE_ELEMS * 2))
-                copy[SWAP](i, (k_first + i) * BK, start[0] if SWAP else start[1])
+                copy[SWAP](i, i * BK, start[0] if SWAP else start[1])
             wait_on_dependent_grids()
             for i in range(ahead):
-                copy[not SWAP](i, (k_first + i) * BK, start[1] if SWAP else start[0])
+                copy[not SWAP](i, i * BK, start[1] if SWAP else start[0])
             var slot = ahead % stages
             var turn = ahead // stages
             var i = ahead
@@ -156,8 +143,8 @@ def _wgmma_kernel[
                     if turn > 0:
                         empty[unsafe_offset=slot].wait(UInt32((turn - 1) & 1))
                     full[unsafe_offset=slot].expect_bytes(Int32(STAGE_ELEMS * 2))
-                    copy[True](slot, (k_first + i) * BK, at[0])
-                    copy[False](slot, (k_first + i) * BK, at[1])
+                    copy[True](slot, i * BK, at[0])
+                    copy[False](slot, i * BK, at[1])
                     i += 1
                     slot += 1
                     if slot == stages:
@@ -168,8 +155,6 @@ def _wgmma_kernel[
             if warp_id() > 4 * GROUPS:
                 wait_on_dependent_grids()
                 finish_tiles[SHARE](rebind[Ptr[BF16]](y), behind, hands, first, stride, a_tiles, b_tiles, rank, M, N)
-        if SWAP and split > 1:
-            cluster_wait()
         comptime if SHARE > 1:
             cluster_sync()  # blocks of the cluster still copy into this one's ring, and count on its barriers
     else:
@@ -230,9 +215,9 @@ def _wgmma_kernel[
                 turn += 1
             elif SWAP:
                 # Behind a block's only tile the ring is free.
-                var free = behind if split == 1 and stride < a_tiles * b_tiles else smem.unsafe_bitcast[Float32]()
+                var free = behind if stride < a_tiles * b_tiles else smem.unsafe_bitcast[Float32]()
                 store_swapped[out_dtype, has_bias, GATED, COLUMNS, OUTPUTS](
-                    y, bias, acc, free, behind, summands, split, k_rank, row, column, at[1], at[0], M, N
+                    y, bias, acc, free, row, column, at[1], at[0], M, N
                 )
             elif GATED:
                 gate[COLUMNS](acc)
@@ -253,15 +238,11 @@ def linear_wgmma[
     m: Int,
     n: Int,
     k: Int,
-    split: Int,
     stages: Int,
     max_blocks: Int,
     ctx: DeviceContext,
 ) raises:
-    """Launches at most `max_blocks` blocks, or with `split` 2, 4 or 8 a cluster of that many blocks per tile.
-
-    Only swapped tiles can be split, and clusters of SHARE blocks need split 1. A gated w has 2n rows.
-    """
+    """Launches at most `max_blocks` blocks, in clusters of SHARE. A gated w has 2n rows."""
     comptime ROWS = 64 * GROUPS
     comptime kernel = _wgmma_kernel[out_dtype, has_bias, GATED, SWAP, GROUPS, COLUMNS, SHARE]
     comptime A_BOX = _A_BOX[GATED, SWAP, GROUPS]
@@ -275,11 +256,9 @@ def linear_wgmma[
     # Of a swapped tile's own memory: behind the ring when the block goes on to another tile, else instead of it.
     var ring = stages * (ROWS + COLUMNS) * BK * 2
     var tile = COLUMNS * (ROWS + PAD) * 4 if SWAP else 0
-    var smem = ring + tile if split == 1 and tiles > max_blocks else max(ring, tile)
+    var smem = ring + tile if tiles > max_blocks else max(ring, tile)
     comptime if _HANDED[GATED, SWAP, GROUPS, COLUMNS]:
         smem += HAND_BYTES
-    if split > 1:
-        smem += inbox_bytes[COLUMNS, 128 * GROUPS](split)
     ctx.enqueue_function[kernel](
         a_tma,
         b_tma,
@@ -288,11 +267,10 @@ def linear_wgmma[
         Int32(m),
         Int32(n),
         Int32(k),
-        Int32(split),
         Int32(stages),
-        grid_dim=tiles * split if split > 1 else min(tiles, max_blocks // SHARE) * SHARE,
+        grid_dim=min(tiles, max_blocks // SHARE) * SHARE,
         block_dim=_THREADS[GROUPS, COLUMNS],
-        cluster_dim=Dim(split * SHARE),
+        cluster_dim=Dim(SHARE),
         shared_mem_bytes=smem,
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(UInt32(smem)),
         attributes=pdl_launch_attributes(PDLLevel.ON),

@@ -1,4 +1,4 @@
-"""How a wgmma tile leaves its registers: straight to y, by way of shared memory, or as shares that blocks of a cluster add up.
+"""How a wgmma tile leaves its registers: straight to y, or by way of shared memory.
 
 Knows the fragment of a wgmma: of a 64 x COLUMNS tile a thread holds, for every 8 columns j, elements 4j..4j+3: two
 neighbouring columns of its row, then the same two of the row 8 below. `row` and `column` are those of element 0
@@ -8,9 +8,7 @@ within the block's tile.
 from ._prelude import *
 from .silu_mul import _silu_mul, _silu_mul_f32
 from layout import TileTensor
-from layout.tma_async import SharedMemBarrier
 from max.gpu.sync import named_barrier
-from std.sys import inlined_assembly
 
 comptime PAD = 4  # floats between rows of a partial tile: conflict-free writes
 
@@ -73,75 +71,6 @@ def gate[COLUMNS: Int](acc: TileTensor[mut=True, dtype=F32, address_space=Addres
 
 
 @always_inline
-def cluster_arrive():
-    """Says to the cluster that this warp has come so far, and orders no memory."""
-    inlined_assembly["barrier.cluster.arrive.relaxed.aligned;", NoneType, constraints="", has_side_effect=True]()
-
-
-@always_inline
-def cluster_wait():
-    """Waits until all warps of the cluster have arrived."""
-    inlined_assembly["barrier.cluster.wait.aligned;", NoneType, constraints="~{memory}", has_side_effect=True]()
-
-
-@always_inline
-def inbox_bytes[COLUMNS: Int, THREADS: Int](split: Int) -> Int:
-    """Bytes that a block with a share gets from the cluster, 16 from each thread for each 8 columns of the share."""
-    return split * max(COLUMNS // 8 // split, 1) * THREADS * 16
-
-
-@always_inline
-def _push[
-    SPLIT: Int, COLUMNS: Int, THREADS: Int
-](
-    inbox: MutPointer[Float32, _, address_space=AddressSpace.SHARED],
-    arrived: UInt32,
-    acc: TileTensor[mut=True, dtype=F32, address_space=AddressSpace.LOCAL, ...],
-    rank: Int,
-):
-    """Sends each block of the cluster its share of a fragment, by columns; the bytes count at its barrier `arrived`."""
-    comptime EACH = max(COLUMNS // 8 // SPLIT, 1)
-    var slot = UInt32(Int(inbox)) + UInt32((rank * EACH * THREADS + thread_idx.x) * 16)
-    comptime for j in range(COLUMNS // 8):
-        inlined_assembly[
-            (
-                "{ .reg .b32 ra, rb; mapa.shared::cluster.u32 ra, $0, $2; mapa.shared::cluster.u32 rb, $1, $2;"
-                " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [ra], {$3, $4, $5, $6}, [rb]; }"
-            ),
-            NoneType,
-            constraints="r,r,r,f,f,f,f",
-            has_side_effect=True,
-        ](
-            slot + UInt32(j % EACH * THREADS * 16),
-            arrived,
-            UInt32(j // EACH),
-            acc[0, 4 * j][0],
-            acc[0, 4 * j + 1][0],
-            acc[0, 4 * j + 2][0],
-            acc[0, 4 * j + 3][0],
-        )
-
-
-@always_inline
-def _sum[
-    SPLIT: Int, COLUMNS: Int, OUTPUTS: Int, THREADS: Int
-](
-    tile: MutPointer[Float32, _, address_space=AddressSpace.SHARED],
-    inbox: MutPointer[Float32, _, address_space=AddressSpace.SHARED],
-    row: Int,
-    column: Int,
-):
-    """Adds what the blocks of the cluster sent, in rank order, into the tile [tokens of this block's share, OUTPUTS + PAD]."""
-    comptime EACH = max(COLUMNS // 8 // SPLIT, 1)
-    comptime for g in range(EACH):
-        var sum = inbox.unsafe_load[width=4, alignment=16]((g * THREADS + thread_idx.x) * 4)
-        comptime for r in range(1, SPLIT):
-            sum += inbox.unsafe_load[width=4, alignment=16](((r * EACH + g) * THREADS + thread_idx.x) * 4)
-        comptime for e in range(4):
-            tile[unsafe_offset=(g * 8 + column + e % 2) * (OUTPUTS + PAD) + row + e // 2 * 8] = sum[e]
-
-
-@always_inline
 def store_swapped[
     out_dtype: DType, has_bias: Bool, GATED: Bool, COLUMNS: Int, OUTPUTS: Int
 ](
@@ -149,10 +78,6 @@ def store_swapped[
     bias: Ptr[BF16],
     acc: TileTensor[mut=True, dtype=F32, address_space=AddressSpace.LOCAL, ...],
     tile: MutPointer[Float32, _, address_space=AddressSpace.SHARED],
-    inbox: MutPointer[Float32, _, address_space=AddressSpace.SHARED],
-    arrived: MutPointer[SharedMemBarrier, _, address_space=AddressSpace.SHARED],
-    split: Int,
-    rank: Int,
     row: Int,
     column: Int,
     token_base: Int,
@@ -160,31 +85,17 @@ def store_swapped[
     M: Int,
     N: Int,
 ):
-    """Writes a fragment whose rows are outputs and whose columns are tokens, or this block's share of the cluster's sum.
+    """Writes a fragment whose rows are outputs and whose columns are tokens.
 
     It turns round in shared memory, where also the halves of a gate meet. `tile` may be the ring: it is written when all
-    warps of the block have read their last stage, which a block with a share knows from what its own warps sent it.
+    warps of the block have read their last stage.
     """
     comptime THREADS = 2 * OUTPUTS  # a warpgroup for 64 outputs
-    var share = max(COLUMNS // 8 // split, 1) * 8
-    var first_token = token_base + rank * share
-    var tokens = min(share, M - first_token)
-    if split == 1:
-        named_barrier[Int32(THREADS)](1)
-        comptime for j in range(COLUMNS // 8):
-            comptime for e in range(4):
-                tile[unsafe_offset=(j * 8 + column + e % 2) * (OUTPUTS + PAD) + row + e // 2 * 8] = acc[0, 4 * j + e][0]
-    else:
-        cluster_wait()  # until all blocks of the cluster have their barriers
-        comptime for log in range(1, 4):
-            comptime SPLIT = 1 << log
-            if split == SPLIT:
-                _push[SPLIT, COLUMNS, THREADS](inbox, UInt32(Int(arrived)), acc, rank)
-                # With less than 8 columns for each some blocks have no share.
-                if rank >= COLUMNS // 8:
-                    return
-                arrived[].wait(0)
-                _sum[SPLIT, COLUMNS, OUTPUTS, THREADS](tile, inbox, row, column)
+    var tokens = min(COLUMNS, M - token_base)
+    named_barrier[Int32(THREADS)](1)
+    comptime for j in range(COLUMNS // 8):
+        comptime for e in range(4):
+            tile[unsafe_offset=(j * 8 + column + e % 2) * (OUTPUTS + PAD) + row + e // 2 * 8] = acc[0, 4 * j + e][0]
     named_barrier[Int32(THREADS)](1)
     comptime QUADS = OUTPUTS // (2 if GATED else 1) // 4
     comptime AT_ONCE = 4
@@ -208,7 +119,7 @@ def store_swapped[
                 comptime if has_bias:
                     comptime for e in range(4):
                         sums[u][e] += bias[unsafe_offset=min(output + e, N - 1)].cast[F32]()
-                var yp = y.unsafe_offset((first_token + i // QUADS) * N + output)
+                var yp = y.unsafe_offset((token_base + i // QUADS) * N + output)
                 if N % 4 == 0:
                     yp.unsafe_store[alignment=8](0, sums[u].cast[out_dtype]())
                 else:
