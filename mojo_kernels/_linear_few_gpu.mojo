@@ -79,7 +79,6 @@ def _few_kernel[
             var descriptor = Pointer(to=x_map.descriptor).unsafe_bitcast[NoneType]()
             cp_async_bulk_tensor_shared_cluster_global(to, descriptor, landed, Index(0, Int(token_base), chunk))
 
-    # --8<-- [start:ahead]
     if thread_idx.x == THREADS:
         w_map.prefetch_descriptor()
         x_map.prefetch_descriptor()
@@ -97,7 +96,6 @@ def _few_kernel[
             copy[True](i, i)
     barrier()
     launch_dependent_grids()
-    # --8<-- [end:ahead]
     comptime if SPLIT > 1:
         cluster_arrive()  # the barriers above are ready for the others
 

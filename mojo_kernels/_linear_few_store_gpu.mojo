@@ -1,4 +1,4 @@
-"""How a tile of few tokens leaves the registers: shares of it go round the cluster, eight by eight it turns, and then rows are stored.
+"""How a tile of few tokens leaves the registers: shares of it go round the cluster, it turns eight by eight, rows are stored.
 
 Knows the fragment of a wgmma whose rows are outputs and whose columns are tokens: of a 64 x COLUMNS tile a thread holds, for
 every 8 tokens j, elements 4j..4j+3: two neighbouring tokens of output lane / 4 of its warp's 16, then the same two of the
@@ -44,7 +44,12 @@ def inbox_bytes[COLUMNS: Int, SPLIT: Int, THREADS: Int]() -> Int:
 @always_inline
 def send_shares[
     COLUMNS: Int, SPLIT: Int, THREADS: Int
-](inbox: _Shared, arrived: MutPointer[SharedMemBarrier, _, address_space=AddressSpace.SHARED], acc: SIMD[F32, COLUMNS // 2], rank: UInt32):
+](
+    inbox: _Shared,
+    arrived: MutPointer[SharedMemBarrier, _, address_space=AddressSpace.SHARED],
+    acc: SIMD[F32, COLUMNS // 2],
+    rank: UInt32,
+):
     """Sends each block of the cluster its share of a fragment; the bytes count at its barrier `arrived`."""
     comptime EACH = held_octets[COLUMNS, SPLIT]()
     var slot = UInt32(Int(inbox)) + (rank * UInt32(EACH * THREADS) + UInt32(thread_idx.x)) * 16

@@ -2,8 +2,8 @@
 
 Up to 4 rows and a large weight: `_linear_stream_gpu` streams it through shared memory.
 Up to 8 rows (16 of the smallest) and a small weight: `_linear_skinny_gpu` holds it in registers as tensor-core fragments.
-Up to 256 rows, of a w whose tiles all find a multiprocessor, and a bfloat16 result: `_linear_few_gpu`, TMA and wgmma with all ahead.
-Other bfloat16: TMA and wgmma, `_linear_wgmma_gpu`. Of its tiles the one whose waves take least, by measured costs, is chosen.
+Other bfloat16 whose tiles, with few rows, all find a multiprocessor: `_linear_few_gpu`, TMA and wgmma with all of w ahead.
+The rest in bfloat16: TMA and wgmma, `_linear_wgmma_gpu`. Of its tiles the one whose waves take least, by measured costs, is chosen.
 float32, and K no multiple of 8 (the copy engine wants 16-byte rows): the tiled kernel below, for correctness only.
 `gated_linear_gpu` knows all but the first.
 
@@ -112,7 +112,6 @@ def _few_tokens[
     linear_wgmma[out_dtype, has_bias, GATED, True, 1, COLUMNS](y, x, w, bias, m, n, k, stages, tiles, ctx)
 
 
-# --8<-- [start:few]
 @always_inline
 def _parts[COLUMNS: Int, GATED: Bool, INVARIANT: Bool](tiles: Int, k: Int, sms: Int) -> Int:
     """Blocks that share the k of a tile: about 64 in all where a product is short, one a multiprocessor where k is long."""
@@ -127,7 +126,6 @@ def _parts[COLUMNS: Int, GATED: Bool, INVARIANT: Bool](tiles: Int, k: Int, sms: 
         while parts < (2 if COLUMNS == 128 else 4) and 2 * parts * tiles <= most and k >= 512 * parts:
             parts *= 2
         return parts
-# --8<-- [end:few]
 
 
 @always_inline

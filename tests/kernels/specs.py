@@ -198,8 +198,9 @@ def _linear_static(k: int, n: int, bias: bool = False, wide: bool = False) -> Sh
 
 
 _TOKENS = tuple({"T": tokens} for tokens in (0, 1, 15, 16, 17))
-_FEW_TOKENS = tuple({"T": tokens} for tokens in (0, 1, 2, 8, 9, 17))  # a GPU streams the weight up to 8
-_SHAPES = ((1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (3328, 52), (66, 101), (2, 1))
+_FEW_TOKENS = tuple({"T": tokens} for tokens in (0, 1, 2, 8, 9, 17, 40))  # a GPU streams the weight up to 8
+# A GPU copies 64 or 128 of k by 64 rows of w at a time, of few rows; 448 and 136 are whole numbers of neither.
+_SHAPES = ((1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (448, 136), (3328, 52), (66, 101), (2, 1))
 _LINEAR = (
     *(_linear_static(k, n) for k, n in _SHAPES),
     *(_linear_static(k, n, bias=True) for k, n in ((1024, 96), (66, 101))),
@@ -249,7 +250,7 @@ SPECS = (
     KernelSpec(
         "linear",
         _LINEAR,
-        tuple({"M": rows} for rows in (0, 1, 2, 11, 12, 13, 25)),
+        tuple({"M": rows} for rows in (0, 1, 2, 11, 12, 13, 25, 70)),
         linear_inputs,
         _linear,
         lambda s, size: (s["N"] + s["M"]) * s["K"] * size + s["M"] * s["N"] * (4 if s["wide"] else size),
@@ -271,7 +272,7 @@ SPECS = (
     ),
     KernelSpec(
         "norm_linear_silu_mul",
-        tuple({"H": hidden, "I": inter} for hidden, inter in ((1024, 384), (66, 45), (64, 20), (256, 28))),
+        tuple({"H": hidden, "I": inter} for hidden, inter in ((1024, 384), (448, 136), (66, 45), (64, 20), (256, 28))),
         _FEW_TOKENS,
         norm_linear_inputs,
         _norm_linear_silu_mul,

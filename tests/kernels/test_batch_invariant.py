@@ -14,11 +14,12 @@ from kernels.oracles import alone, check_same_bits, row_range
 from kernels.specs import BY_NAME, HEADS
 from support.kernels import Kernels
 
-COUNTS = (1, 3, 8, 9, 16, 17, 64, 65, 130, 300)  # of rows: at least one for every tile, with its neighbours
+COUNTS = (1, 3, 8, 9, 16, 17, 33, 64, 65, 130, 300)  # of rows: at least one for every tile, with its neighbours
 INVARIANT = {"batch_invariant": True}
 PRODUCTS: tuple[tuple[str, Shape], ...] = (
     ("linear", {"K": 1024, "N": 4096, "bias": False, "wide": False}),
     ("linear", {"K": 3072, "N": 1024, "bias": False, "wide": False}),  # few tiles and a long k, which else is split
+    ("linear", {"K": 448, "N": 136, "bias": True, "wide": False}),
     ("linear", {"K": 200, "N": 1001, "bias": True, "wide": False}),
     ("linear", {"K": 1024, "N": 1003, "bias": False, "wide": True}),
     ("linear", {"K": 66, "N": 101, "bias": False, "wide": False}),  # no rows of whole 16 bytes
