@@ -115,6 +115,8 @@ class Runner:
         self._fixed = [Buffer.from_numpy(table).to(self.device), *self._caches]
         self.device.synchronize()  # the upload reads the table until then
         self._threads = runtime_threads.of_process()
+        if on_cpu:
+            self._threads.give_way()
         self._landings = None if on_cpu else Landings(self.device, engine.max_num_seqs + LOGIT_ROWS)
         self._graphs: DecodeGraphs | None = None
         if not on_cpu and not engine.enforce_eager:

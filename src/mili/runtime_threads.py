@@ -1,13 +1,20 @@
-"""Lets MAX's polling thread sleep while there is nothing for it to do.
+"""Lets MAX's polling thread sleep while there is nothing for it to do, and its workers give way to other threads.
 
 The first execution of a graph starts a thread that wakes every 0.2 ms for as long as the process lives: a tenth of a
 core for an idle server, and on a CPU so much less for its kernels. It waits with a timer, and Linux lets a process say
-how late a thread's timers may be. Linux only, elsewhere this does nothing.
+how late a thread's timers may be.
+
+The workers, one a core, look for work without sleeping. Each step wakes the engine's thread and maybe a server's event
+loop, and what they do between two executions is done by nobody else, but to Linux all of them are alike: who wakes
+waits until a worker's turn is over. So the workers are nicer than the thread that makes them work.
+
+Linux only, elsewhere this does nothing.
 
 Invariant: while any runner of the process works on a GPU, every timer is as exact as the system made it.
 """
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from functools import cache
@@ -16,6 +23,8 @@ from pathlib import Path
 _TASKS = Path("/proc/self/task")
 _EXACT_NS = 50_000  # Linux's own default
 _LATE_NS = 50_000_000
+_NICER = 5  # than the caller; its weight is three times theirs
+_WORKER = "Thread"  # in the names of MAX's workers, a flame and a number around it
 
 
 class RuntimeThreads:
@@ -43,6 +52,14 @@ class RuntimeThreads:
             self._ids = sorted(_threads() - before)
             if not self._working:
                 self._set_slack(_LATE_NS)
+
+    def give_way(self) -> None:
+        """Let whoever wakes interrupt the workers; to be called when a device has been opened, for a runner on the CPU."""
+        niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + _NICER, 19)
+        for thread in _threads():
+            with contextlib.suppress(OSError):
+                if _WORKER in (_TASKS / thread / "comm").read_text(encoding="utf-8"):
+                    os.setpriority(os.PRIO_PROCESS, int(thread), niceness)
 
     def rest(self, runner: object) -> None:
         """`runner` has nothing left to compute for now."""
