@@ -23,7 +23,6 @@ class Stream:
         self.n = n
         self.mailbox = mailbox
         self.final_only = final_only  # the reader waits for the last output
-        self.begun = False  # a first output was sent; set by the sender
         self.ended = False  # the reader has seen the last output, or the exception
         self._news: News | None = None
         self._reader: asyncio.Future[None] | None = None

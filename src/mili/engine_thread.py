@@ -53,7 +53,8 @@ class EngineThread:
         self._on_step = on_step
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._streams: dict[str, Stream] = {}  # of the unfinished requests; who was sent something last is last
-        self._news: dict[str, bool] = {}  # of those, the ones with something to deliver; True if at once
+        self._fresh: set[str] = set()  # of those, the ones whose readers wait for the first of several outputs
+        self._urgent: dict[str, None] = {}  # a set in order: of those, the ones with an output to deliver at once
         self._last_error: BaseException | None = None
         self._lock = threading.Lock()  # guards what follows, and that a command is queued before the thread's end
         self._num_unfinished = 0
@@ -115,7 +116,7 @@ class EngineThread:
 
     def deliver(self) -> None:
         """A reader's loop has room: send it what was kept back, even if no step follows."""
-        if self._news:
+        if self._urgent:
             self._commands.put(self._deliver)
 
     def idle(self) -> "Future[None]":
@@ -191,6 +192,8 @@ class EngineThread:
             stream.mailbox.post([(stream, error)])
         else:
             self._streams[request_id] = stream
+            if not stream.final_only:
+                self._fresh.add(request_id)
 
     def _abort(self, request_id: str) -> None:
         output = self._engine.abort(request_id)
@@ -202,28 +205,27 @@ class EngineThread:
             self._abort(stream.request_id)
 
     def _note(self, progress: Progress) -> None:
-        """Remember whom a step brought something that the reader wants to see."""
-        for request_id in progress.advanced:
-            stream = self._streams[request_id]
-            if not stream.final_only:
-                self._news[request_id] = self._news.get(request_id, False) or not stream.begun
-                stream.begun = True
-        self._news.update(dict.fromkeys(progress.finished, True))
+        """Remember whose first or last output a step brought."""
+        if self._fresh:
+            begun = [request_id for request_id in progress.advanced if request_id in self._fresh]
+            self._fresh.difference_update(begun)
+            self._urgent.update(dict.fromkeys(begun))
+        self._urgent.update(dict.fromkeys(progress.finished))
 
     def _deliver(self) -> None:
         """Take the outputs of the readers whose loops have room, and send them."""
-        ready: dict[str, News] = {}
         now = time.monotonic()
         num = len(self._streams)
         # Of the time that nobody used, so much is left that every stream may have an output now.
         self._next_due = max(self._next_due, now - self._interval * num)
         is_round = self._next_due <= now - self._interval * min(num, _ROUND)
-        for request_id, stream in self._streams.items():
-            at_once = self._news.get(request_id)
-            if at_once is None or not stream.mailbox.has_room:
+        ready: dict[str, News] = {}
+        for request_id in self._streams if is_round else self._urgent:
+            stream = self._streams[request_id]
+            if not stream.mailbox.has_room:
                 continue
-            if not at_once:
-                if not is_round or self._next_due > now:
+            if request_id not in self._urgent:
+                if stream.final_only or self._next_due > now or not self._engine.has_news(request_id):
                     continue
                 self._next_due += self._interval
             try:
@@ -236,10 +238,11 @@ class EngineThread:
         """Send outputs to their readers; forgets the streams that end with them."""
         batches: dict[asyncio.AbstractEventLoop, list[tuple[Stream, News]]] = {}
         for request_id, news in ready.items():
-            self._news.pop(request_id, None)
+            self._urgent.pop(request_id, None)
             stream = self._streams.pop(request_id)
             batches.setdefault(stream.mailbox.loop, []).append((stream, news))
             if isinstance(news, BaseException) or news.finished:
+                self._fresh.discard(request_id)
                 self._count_out(stream.n)
             else:
                 self._streams[request_id] = stream

@@ -47,7 +47,7 @@ async def settled(llm):
     assert llm.get_metrics()["num_requests_running"] == llm.get_metrics()["num_requests_waiting"] == 0
     assert llm.num_unfinished == 0
     assert not llm._thread._streams
-    assert not llm._thread._news
+    assert not llm._thread._urgent and not llm._thread._fresh
 
 
 def test_a_stream_equals_the_synchronous_output(llm):
