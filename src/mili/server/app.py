@@ -111,7 +111,7 @@ def create_app(
         redoc_url=None,
     )
     add_error_handlers(app)
-    for router in routers:
-        app.include_router(router)
+    # Not by include_router, which looks for a request's route router by router, and twice.
+    app.router.routes.extend(route for router in routers for route in router.routes)
     app.state.operation = Operation(llm, config, drain, server_metrics)
     return app

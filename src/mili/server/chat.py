@@ -21,7 +21,7 @@ from mili.server.errors import ApiError, blaming
 from mili.server.logprobs import chat_logprobs, prompt_logprobs
 from mili.server.protocol_chat import ChatRequest
 from mili.server.protocol_responses import AssistantMessage, ChatChoice, ChatCompletion
-from mili.server.routing import documented, json_response, request_id_of, usage_of
+from mili.server.routing import BodyRoute, documented, json_response, request_id_of, usage_of
 from mili.server.service import Service, off_loop
 from mili.server.sse import EventStream
 from mili.structured_outputs import StructuredOutputsParams
@@ -30,7 +30,7 @@ from mili.tool_calls import FunctionTool, ToolChoice, check_tool_choice, check_t
 
 def make_router(service: Service) -> APIRouter:
     """The route, bound to `service`."""
-    router = APIRouter()
+    router = APIRouter(route_class=BodyRoute)
 
     @router.post("/v1/chat/completions", response_model=None, responses=documented(ChatCompletion, streams=True))
     async def create_chat_completion(request: Request, body: ChatRequest) -> Response:

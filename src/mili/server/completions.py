@@ -18,14 +18,14 @@ from mili.server.errors import ApiError, blaming
 from mili.server.json_text import json_bytes, json_text
 from mili.server.protocol_completions import CompletionRequest
 from mili.server.protocol_responses import TextCompletion
-from mili.server.routing import documented, json_response, request_id_of, usage_of
+from mili.server.routing import BodyRoute, documented, json_response, request_id_of, usage_of
 from mili.server.service import Service, off_loop
 from mili.server.sse import EventStream
 
 
 def make_router(service: Service) -> APIRouter:
     """The route, bound to `service`."""
-    router = APIRouter()
+    router = APIRouter(route_class=BodyRoute)
 
     @router.post("/v1/completions", response_model=None, responses=documented(TextCompletion, streams=True))
     async def create_completion(request: Request, body: CompletionRequest) -> Response:

@@ -16,16 +16,29 @@ T = TypeVar("T")
 
 
 async def until_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves first; then raises ClientDisconnected."""
-    task = asyncio.create_task(work)
-    watcher = asyncio.create_task(_disconnect(receive))
+    """The result of `work`, which is cancelled when the client leaves first; then raises ClientDisconnected.
+
+    It runs in the caller's task: one of its own would be a quarter of what the loop does for a short request.
+    """
+    task, left = asyncio.current_task(), False
+    assert task is not None
+
+    async def watch() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnected
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if left and task.uncancel() == 0:
+            raise ClientDisconnected from None
+        raise
     finally:
-        await _cancel((task, watcher))
+        watcher.cancel()
 
 
 async def gather(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -66,11 +79,6 @@ async def _next(stream: AsyncGenerator[T, None]) -> list[T]:
     async for item in stream:
         return [item]
     return []
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

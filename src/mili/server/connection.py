@@ -9,12 +9,14 @@ nor sending a body ends within `read_timeout` or `keep_alive`.
 import asyncio
 import socket
 from http import HTTPStatus
+from typing import cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mili.errors import ConfigError
 from mili.server.config import ServerConfig
 from mili.server.errors import ApiError
+from mili.server.gathered_writes import GatheredWrites
 
 _WIRE_FACTOR = 16  # bytes on the wire for a byte of body: chunks of one byte take six
 _WIRE_BYTES = 32 << 20  # on top of that: bodies that are refused and discarded
@@ -67,7 +69,7 @@ class _Connection(HttpToolsProtocol):
     _message_bytes = 0  # likewise, and of the body as well
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, GatheredWrites(transport, self.loop)))
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -78,6 +80,8 @@ class _Connection(HttpToolsProtocol):
         self._header_bytes += len(data) if self._in_headers else 0
         self._message_bytes += len(data) if self._in_message else 0
         super().data_received(data)
+        if self._in_headers and self._timer is None:
+            self._await_headers()
         if self._in_headers and self._header_bytes > self.limits.max_header_bytes:
             self._end(431, f"the headers have more than {self.limits.max_header_bytes} bytes", "headers_too_large")
         elif self._in_message and self._message_bytes > _WIRE_BYTES + _WIRE_FACTOR * self.limits.max_body_bytes:
@@ -87,8 +91,6 @@ class _Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._in_headers = self._in_message = True
         self._header_bytes = self._message_bytes = 0
-        if self._timer is None:
-            self._await_headers()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_headers:  # and not in the trailers, which nobody asked for

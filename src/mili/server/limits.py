@@ -7,11 +7,12 @@ client is there to read the answer.
 """
 
 import asyncio
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mili.server.errors import ApiError
-from mili.server.middleware import header, send_error
+from mili.server.middleware import send_error
 
 _DISCARD_BYTES = 16 << 20  # of a refused body; a client that goes on sending finds the connection closed
 _DISCARD_SECONDS = 5.0
@@ -36,28 +37,33 @@ class RequestLimits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if (error := self._problem(scope)) is not None:
+        headers: dict[bytes, bytes] = {}
+        num_bytes = len(scope["path"]) + len(scope["query_string"])
+        for name, value in scope["headers"]:
+            headers.setdefault(name, value)
+            num_bytes += len(name) + len(value) + 4
+        announced = _announces_body(headers)
+        if (error := self._problem(scope["method"], headers, num_bytes, announced)) is not None:
             await refuse(scope, receive, send, error)
-        elif has_body(scope):
+        elif announced:
             await self._with_body(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    def _problem(self, scope: Scope) -> ApiError | None:
-        """What is wrong with the request as far as its headers tell."""
-        num_bytes = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
-        num_bytes += len(scope["path"]) + len(scope["query_string"])
+    def _problem(self, method: str, headers: Mapping[bytes, bytes], num_bytes: int, announced: bool) -> ApiError | None:
+        """What is wrong with the request as far as its headers tell, which have `num_bytes` with the path."""
         if num_bytes > self._max_header_bytes:
             message = f"the headers have {num_bytes} bytes, the limit is {self._max_header_bytes}"
             return ApiError(431, message, code="headers_too_large")
-        if not has_body(scope):
+        if not announced:
             return None
-        if (encoding := header(scope, b"content-encoding") or "identity").lower() != "identity":
+        encoding = headers.get(b"content-encoding", b"").decode("latin-1") or "identity"
+        if encoding.lower() != "identity":
             return _unsupported(f"a body in Content-Encoding {encoding[:32]} is not read: send it as it is")
-        content_type = (header(scope, b"content-type") or "").partition(";")[0].strip()
-        if scope["method"] == "POST" and content_type.lower() != "application/json":
+        content_type = headers.get(b"content-type", b"").partition(b";")[0].strip()
+        if method == "POST" and content_type.lower() != b"application/json":
             return _unsupported("the body must be JSON and say so: send the header Content-Type: application/json")
-        if int(header(scope, b"content-length") or 0) > self._max_body_bytes:
+        if int(headers.get(b"content-length") or 0) > self._max_body_bytes:
             return self._too_long()
         return None
 
@@ -113,7 +119,7 @@ async def refuse(scope: Scope, receive: Receive, send: Send, error: ApiError) ->
     Closing a connection that has unread data resets it, and many clients then report the reset instead of the answer.
     So the answer goes out first, the body is discarded within bounds, and only then the connection is closed.
     """
-    if not has_body(scope):
+    if not _announces_body(dict(scope["headers"])):
         await send_error(send, error)
         return
     error.headers["Connection"] = "close"
@@ -130,9 +136,8 @@ async def refuse(scope: Scope, receive: Receive, send: Send, error: ApiError) ->
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def has_body(scope: Scope) -> bool:
-    """Whether the headers announce a body."""
-    return header(scope, b"transfer-encoding") is not None or int(header(scope, b"content-length") or 0) > 0
+def _announces_body(headers: Mapping[bytes, bytes]) -> bool:
+    return b"transfer-encoding" in headers or int(headers.get(b"content-length") or 0) > 0
 
 
 def _unsupported(message: str) -> ApiError:

@@ -7,6 +7,7 @@ is counted exactly once in request_success_total, request_aborted_total and requ
 """
 
 from bisect import bisect_left
+from collections import Counter as Counted
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
@@ -55,9 +56,9 @@ class _Distribution:
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def add(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def add(self, value: float, count: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
 
     def family(self, name: str, documentation: str, model_name: str) -> HistogramMetricFamily:
         """What has been added so far, in Prometheus' form."""
@@ -78,8 +79,8 @@ class StepTotals:
     def add(self, stats: StepStats) -> None:
         """Take in one step; called on the engine's thread."""
         self._num_tokens.add(stats.num_tokens)
-        for seconds in stats.inter_token_seconds:
-            self._inter_token_seconds.add(seconds)
+        for seconds, count in Counted(stats.inter_token_seconds).items():  # the same for all that were in the last step
+            self._inter_token_seconds.add(seconds, count)
 
     def families(self, prefix: str, model_name: str) -> Iterator[Metric]:
         """The histograms."""
@@ -111,6 +112,7 @@ class ServerMetrics(Collector):
         ):
             for value in values:
                 counter.labels(model_name, value)  # present from the start, so that rates begin at 0
+        self._success_for = {reason: self._success.labels(model_name, reason) for reason in FinishReason}
         self._http_requests = self._counter("http_requests_total", "HTTP requests.", "method", "path", "status")
         self._http_seconds = Histogram(
             f"{self.prefix}http_request_duration_seconds",
@@ -119,6 +121,7 @@ class ServerMetrics(Collector):
             registry=self.registry,
             buckets=_SECONDS,
         )
+        self._http_series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}  # as few as the labels' values
         self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
         self._per_token = self._histogram("request_time_per_output_token_seconds", "Decode time for each later token.")
         self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.")
@@ -146,7 +149,7 @@ class ServerMetrics(Collector):
         """Count a success with its times and sizes; a request's reason is that of the completion cut shortest."""
         reasons = {completion.finish_reason for completion in output.outputs}
         reason = next(r for r in (FinishReason.ABORT, FinishReason.LENGTH, FinishReason.STOP) if r in reasons)
-        self._success.labels(self._model_name, reason).inc()
+        self._success_for[reason].inc()
         num_new_tokens = sum(len(completion.token_ids) for completion in output.outputs)
         self._prompt_tokens.add(len(output.prompt_token_ids))
         self._new_tokens.add(num_new_tokens)
@@ -179,9 +182,17 @@ class ServerMetrics(Collector):
 
     def http_request(self, exchange: Exchange) -> None:
         """Count an HTTP request that has ended."""
-        labels = (exchange.method_label, exchange.template, str(exchange.status))
-        self._http_requests.labels(self._model_name, *labels).inc()
-        self._http_seconds.labels(self._model_name, exchange.template).observe(exchange.seconds)
+        series = (exchange.method_label, exchange.template, exchange.status)
+        if (found := self._http_series.get(series)) is None:  # looking them up takes longer than counting
+            method, template, status = series
+            found = (
+                self._http_requests.labels(self._model_name, method, template, str(status)),
+                self._http_seconds.labels(self._model_name, template),
+            )
+            self._http_series[series] = found
+        requests, seconds = found
+        requests.inc()
+        seconds.observe(exchange.seconds)
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
         return Counter(self.prefix + name, documentation, ["model_name", *labels], registry=self.registry)

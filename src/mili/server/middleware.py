@@ -62,6 +62,19 @@ async def send_error(send: Send, error: ApiError, *, more_body: bool = False) ->
     await send({"type": "http.response.body", "body": response.body, "more_body": more_body})
 
 
+class _Date:
+    """The value of the header Date, made once a second."""
+
+    def __init__(self) -> None:
+        self._second, self._text = 0, b""
+
+    def header(self) -> bytes:
+        """Of this second."""
+        if (second := int(time.time())) != self._second:
+            self._second, self._text = second, formatdate(second, usegmt=True).encode()
+        return self._text
+
+
 class RequestContext:
     """Outermost middleware: request id, Date, the 500 for what nobody caught, and the report of the end."""
 
@@ -70,6 +83,7 @@ class RequestContext:
         self._app = app
         self._paths = paths
         self._sinks = sinks
+        self._date = _Date()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -95,7 +109,7 @@ class RequestContext:
                 status = message["status"]
                 message["headers"] = [
                     *message.get("headers", ()),
-                    (b"date", formatdate(usegmt=True).encode()),
+                    (b"date", self._date.header()),
                     (b"x-request-id", request_id.encode()),
                 ]
             elif message["type"] == "http.response.body" and not message.get("more_body", False):

@@ -15,14 +15,14 @@ from mili.server.concurrency import until_disconnected
 from mili.server.json_text import json_bytes
 from mili.server.protocol_completions import GenerateRequest
 from mili.server.protocol_responses import Generated
-from mili.server.routing import documented, json_response, request_id_of, usage_of
+from mili.server.routing import BodyRoute, documented, json_response, request_id_of, usage_of
 from mili.server.service import Service, off_loop
 from mili.server.sse import EventStream
 
 
 def make_router(service: Service) -> APIRouter:
     """The route, bound to `service`."""
-    router = APIRouter()
+    router = APIRouter(route_class=BodyRoute)
 
     @router.post("/generate", response_model=None, responses=documented(Generated, streams=True))
     async def generate(request: Request, body: GenerateRequest) -> Response:

@@ -8,14 +8,14 @@ from fastapi import APIRouter, Request, Response
 from mili.server.errors import ApiError
 from mili.server.protocol_completions import DetokenizeRequest, TokenizeRequest
 from mili.server.protocol_responses import DetokenizedPrompt, Tokens
-from mili.server.routing import documented, json_response
+from mili.server.routing import BodyRoute, documented, json_response
 from mili.server.service import Service, off_loop
 from mili.tool_calls import check_tools
 
 
 def make_router(service: Service) -> APIRouter:
     """The routes, bound to `service`."""
-    router = APIRouter()
+    router = APIRouter(route_class=BodyRoute)
     tokenizer = service.llm.get_tokenizer()
 
     @router.post("/tokenize", response_model=None, responses=documented(Tokens))
@@ -33,7 +33,7 @@ def make_router(service: Service) -> APIRouter:
         return json_response(answer)
 
     @router.post("/detokenize", response_model=None, responses=documented(DetokenizedPrompt))
-    async def detokenize(body: DetokenizeRequest) -> Response:
+    async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
         """The text of token ids, special tokens included."""
         service.check_model(body.model)
         bad = next((i for i in body.tokens if not 0 <= i < service.llm.model_config.vocab_size), None)
