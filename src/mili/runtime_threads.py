@@ -54,7 +54,7 @@ class RuntimeThreads:
                 self._set_slack(_LATE_NS)
 
     def give_way(self) -> None:
-        """Let whoever wakes interrupt the workers; to be called when a device has been opened, for a runner on the CPU."""
+        """Let whoever wakes interrupt the workers; for a runner on the CPU, whose device is open."""
         niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + _NICER, 19)
         for thread in _threads():
             with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
 """A connection's writes, gathered: what is written in one turn of the event loop leaves in one system call.
 
-uvicorn writes the head of an answer and each part of its body by themselves, and uvloop sends each at once. A call costs
-as much as making a short event, and wakes the client as often. Knows bytes, not what they say. Invariant: what was
+uvicorn writes the head of an answer and each part of its body by themselves, and uvloop sends each at once. Such a call
+takes as long as making a short event does, and it wakes the client. Knows bytes, not what they say. Invariant: what was
 written is sent in its order, by the loop's next turn at the latest and before the connection closes.
 """
 
