@@ -109,6 +109,11 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+        },  # mili has its own
     )
     add_error_handlers(app)
     # Not by include_router, which looks for a request's route router by router, and twice.

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.types import Message, Receive, Scope, Send
 
 from mili.outputs import RequestOutput
 from mili.server.errors import ErrorBody
@@ -18,26 +19,32 @@ from mili.server.protocol_responses import Usage
 
 
 class BodyRoute(APIRoute):
-    """A route for `endpoint(request, body)`, without what FastAPI does for endpoints that might depend on more.
+    """A route for `endpoint(request, body)`, without what FastAPI does for endpoints that may depend on more.
 
-    Its way takes longer than reading and checking the body itself. A body that does not pass goes that way all the
-    same: it says what is wrong with it.
+    That takes several times as long as to read and check a body. A body that does not pass goes FastAPI's way all the
+    same, which says what is wrong with it.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """As FastAPI asks for it."""
-        usual = super().get_route_handler()
-        endpoint, model = self.endpoint, self.endpoint.__annotations__["body"]
+    def __init__(self, path: str, endpoint: Callable[..., Coroutine[Any, Any, Response]], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+        usual, model = self.app, endpoint.__annotations__["body"]
 
-        async def handle(request: Request) -> Response:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            request = Request(scope, receive, send)
+            text = await request.body()
             try:
-                body = model.model_validate(json.loads(await request.body()))
+                body = model.model_validate(json.loads(text))
             except (ValueError, RecursionError):  # of JSON, UTF-8 or the model
-                return await usual(request)
-            response: Response = await endpoint(request, body)
-            return response
 
-        return handle
+                async def again() -> Message:
+                    return {"type": "http.request", "body": text, "more_body": False}
+
+                await usual(scope, again, send)
+            else:
+                response = await endpoint(request, body)
+                await response(scope, receive, send)
+
+        self.app = app
 
 
 def documented(answer: type[Any], *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
