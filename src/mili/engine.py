@@ -10,7 +10,7 @@ happens to one request never changes what another one generates.
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mili.admission import RequestLimits, bad_word_ids, derived_seed
@@ -68,6 +68,11 @@ class Engine:
         return self._scheduler.has_unfinished
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether a step may be under way before `step` is called."""
+        return self._runner.looks_ahead
+
+    @property
     def num_wanted_tokens(self) -> int:
         """How many more tokens of prompts the next two steps might find room for; 0 or less if enough wait."""
         waiting = self._scheduler.waiting
@@ -118,12 +123,12 @@ class Engine:
             self._scheduler.add(child.request)
         return request_id
 
-    def step(self) -> Progress:
+    def step(self, on_launch: Callable[[], None] | None = None) -> Progress:
         """Compute one step of whatever is running and waiting; nothing to do is no error.
 
-        An exception ends the requests that took part in the step, or the one whose text or log-probabilities raised it,
-        and `take` raises it for them; the others go on.
-        KeyboardInterrupt and its like end them too, and then leave this method.
+        `on_launch` is called when the host is ready for the device, unless the step is under way already. An exception
+        ends the requests that took part in the step, or the one whose text or log-probabilities raised it, and `take`
+        raises it for them; the others go on. KeyboardInterrupt and its like end them too, and then leave this method.
         """
         # --8<-- [start:step]
         flight, self._flight = self._flight, None  # the step that was enqueued while the one before it was running
@@ -135,7 +140,8 @@ class Engine:
             return Progress([], [])
         try:
             if flight is None:
-                flight = launch(plan, children, self._runner, self._cache.page_size, self.now(), self._grammars)
+                now, page_size = self.now(), self._cache.page_size
+                flight = launch(plan, children, self._runner, page_size, now, self._grammars, on_launch=on_launch)
             if self._runner.looks_ahead:  # the device has the next step before the host waits for this one
                 self._flight = flight.follow_up(self._runner, self._scheduler) or self._launch_behind(flight)
             return self._take_in(flight, flight.pending.fetch())

@@ -161,10 +161,13 @@ class EngineThread:
             self._run_commands()
             if not engine.has_unfinished:
                 continue
-            progress = engine.step()
+            # Outputs are sent when the device has its next step, if it waits for the host until then: a loop that
+            # wakes earlier takes Python's lock from this thread, and the device waits for both.
+            progress = engine.step(self._deliver)
             self.last_progress = time.monotonic()
             self._note(progress)
-            self._deliver()
+            if engine.looks_ahead or not progress.stats.num_tokens or not engine.has_unfinished:
+                self._deliver()
             if progress.stats.num_tokens:
                 num_failed = 0
             elif (num_failed := num_failed + 1) == MAX_FAILED_STEPS:

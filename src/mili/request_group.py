@@ -3,7 +3,7 @@
 It gathers; it decides nothing. Invariant: it is finished exactly when all of its completions are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -117,11 +117,12 @@ def launch(
     now: float,
     grammars: GrammarCompiler,
     before: Flight | None = None,
+    on_launch: Callable[[], None] | None = None,
 ) -> Flight:
     """Submit the step of `plan`, which has one request of each of `children`, maybe behind one that is in flight.
 
     Masks of what was drawn last are made while the device computes. What goes wrong with one is kept as the child's
-    `failure`; the child takes part nevertheless, for its neighbours' sake.
+    `failure`; the child takes part nevertheless, for its neighbours' sake. `on_launch` is called just before.
     """
     for child in children:
         if child.group.first_scheduled_time is None:
@@ -148,6 +149,8 @@ def launch(
     is_masked = any(child.grammar is not None for child in children)
     sampling = None if is_masked else _sampling_batch(batch, children)
     after = before.pending if before is not None and batch.feeds else None
+    if on_launch is not None:
+        on_launch()
     pending = runner.submit(batch, make_sampling if sampling is None else sampling, after=after)
     return Flight(plan, rows, batch, sampling, pending, is_steady, before is not None, scored)
 

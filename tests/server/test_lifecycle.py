@@ -26,10 +26,10 @@ from mili.engine import Engine
 
 plain, flag = Engine.step, Path(sys.argv.pop(1))
 
-def step(self):
+def step(self, *args):
     if flag.exists():
         {fault}
-    return plain(self)
+    return plain(self, *args)
 
 Engine.step = step
 from mili.cli.main import main
