@@ -40,6 +40,34 @@ def _linear[
         comptime assert False, "mili.linear: unsupported target"
 
 
+@always_inline
+def _linear_ahead[
+    target: StaticString, INVARIANT: Bool, dtype: DType, out_dtype: DType
+](
+    y: Ptr[out_dtype],
+    x: Ptr[dtype],
+    w: Ptr[dtype],
+    ahead: Ptr[dtype],
+    ahead_size: Int,
+    later: Ptr[dtype],
+    later_size: Int,
+    m: Int,
+    n: Int,
+    k: Int,
+    ctx: DeviceContext,
+) raises:
+    """Makes y [m, n], and where that pays fetches two weights for later, unless `ahead` is w."""
+    comptime if is_gpu[target]() and dtype == BF16 and not INVARIANT:
+        if 0 < m <= _AHEAD_ROWS and Int(ahead) != Int(w) and fits_skinny(m, n, k):
+            comptime P = Ptr[BF16]
+            var weight = rebind[P](w)
+            linear_skinny[out_dtype, False](
+                y, rebind[P](x), weight, weight, m, n, k, rebind[P](ahead), ahead_size, rebind[P](later), later_size, ctx
+            )
+            return
+    _linear[target, False, INVARIANT](y, x, w, w, m, n, k, ctx)
+
+
 @extensibility.register("mili.linear")
 struct Linear:
     """Matrix product without bias."""
@@ -72,31 +100,18 @@ struct Linear:
         Raises:
             Error: If K is odd for bfloat16 on the CPU, or a launch fails.
         """
-        var wp = w.unsafe_ptr()
-        comptime if is_gpu[target]() and x.dtype == BF16 and not batch_invariant:
-            var m = x.dim_size(0)
-            var n = y.dim_size(1)
-            var k = x.dim_size(1)
-            if 0 < m <= _AHEAD_ROWS and Int(ahead.unsafe_ptr()) != Int(wp) and fits_skinny(m, n, k):
-                comptime P = Ptr[BF16]
-                var weight = rebind[P](wp)
-                linear_skinny[y.dtype, False](
-                    y.unsafe_ptr(),
-                    rebind[P](x.unsafe_ptr()),
-                    weight,
-                    weight,
-                    m,
-                    n,
-                    k,
-                    rebind[P](ahead.unsafe_ptr()),
-                    ahead.dim_size(0) * ahead.dim_size(1),
-                    rebind[P](later.unsafe_ptr()),
-                    later.dim_size(0) * later.dim_size(1),
-                    ctx,
-                )
-                return
-        _linear[target, False, batch_invariant](
-            y.unsafe_ptr(), x.unsafe_ptr(), wp, wp, x.dim_size(0), y.dim_size(1), x.dim_size(1), ctx
+        _linear_ahead[target, batch_invariant](
+            y.unsafe_ptr(),
+            x.unsafe_ptr(),
+            w.unsafe_ptr(),
+            ahead.unsafe_ptr(),
+            ahead.dim_size(0) * ahead.dim_size(1),
+            later.unsafe_ptr(),
+            later.dim_size(0) * later.dim_size(1),
+            x.dim_size(0),
+            y.dim_size(1),
+            x.dim_size(1),
+            ctx,
         )
 
 

@@ -87,6 +87,43 @@ def _norm_linear[
     _linear[target, has_bias, INVARIANT](y, normed, w, bias, m, n, k, ctx)
 
 
+@always_inline
+def _norm_linear_silu_mul[
+    target: StaticString, INVARIANT: Bool, dtype: DType
+](
+    y: Ptr[dtype],
+    residual_out: Ptr[dtype],
+    normed: Ptr[dtype],
+    gate_up: Ptr[dtype],
+    x: Ptr[dtype],
+    residual: Ptr[dtype],
+    gain: Ptr[dtype],
+    w: Ptr[dtype],
+    m: Int,
+    n: Int,
+    k: Int,
+    eps: Float32,
+    ctx: DeviceContext,
+) raises:
+    """Makes y [m, n] of w with 2n rows; an op that makes its own x calls it too."""
+    if m == 0:
+        return
+    comptime if is_gpu[target]() and dtype == BF16 and not INVARIANT:
+        if fits_stream(m, 2 * n, k) and fits_held(m, k):
+            _stream[False, NORM, True](y, residual_out, x, residual, gain, w, w, m, n, k, eps, ctx)
+            return
+    _add_rms_norm[target](normed, residual_out, x, residual, gain, m, k, eps, ctx)
+    comptime if is_gpu[target]() and dtype == BF16:
+        comptime if not INVARIANT:
+            if fits_stream(m, 2 * n, k):
+                _stream[False, DIRECT, True](y, residual_out, normed, residual, gain, w, w, m, n, k, eps, ctx)
+                return
+        gated_linear_gpu[dtype, INVARIANT](y, normed, w, m, n, k, ctx)
+        return
+    _linear[target, False, INVARIANT](gate_up, normed, w, w, m, 2 * n, k, ctx)
+    _silu_mul_rows[target](y, gate_up, m, n, ctx)
+
+
 @extensibility.register("mili.norm_linear")
 struct NormLinear:
     """Adds x to the residual stream, normalises the sum and multiplies it with a weight."""
@@ -237,29 +274,18 @@ struct NormLinearSiluMul:
         Raises:
             Error: If H is odd for bfloat16 on the CPU, or a launch fails.
         """
-        var m = y.dim_size(0)
-        var n = y.dim_size(1)
-        var k = x.dim_size(1)
-        if m == 0:
-            return
-        var yp = y.unsafe_ptr()
-        var op = residual_out.unsafe_ptr()
-        var hp = normed.unsafe_ptr()
-        var xp = x.unsafe_ptr()
-        var rp = residual.unsafe_ptr()
-        var gp = gain.unsafe_ptr()
-        var wp = w.unsafe_ptr()
-        comptime if is_gpu[target]() and y.dtype == BF16 and not batch_invariant:
-            if fits_stream(m, 2 * n, k) and fits_held(m, k):
-                _stream[False, NORM, True](yp, op, xp, rp, gp, wp, wp, m, n, k, eps, ctx)
-                return
-        _add_rms_norm[target](hp, op, xp, rp, gp, m, k, eps, ctx)
-        comptime if is_gpu[target]() and y.dtype == BF16:
-            comptime if not batch_invariant:
-                if fits_stream(m, 2 * n, k):
-                    _stream[False, DIRECT, True](yp, op, hp, rp, gp, wp, wp, m, n, k, eps, ctx)
-                    return
-            gated_linear_gpu[y.dtype, batch_invariant](yp, hp, wp, m, n, k, ctx)
-            return
-        _linear[target, False, batch_invariant](gate_up.unsafe_ptr(), hp, wp, wp, m, 2 * n, k, ctx)
-        _silu_mul_rows[target](yp, gate_up.unsafe_ptr(), m, n, ctx)
+        _norm_linear_silu_mul[target, batch_invariant](
+            y.unsafe_ptr(),
+            residual_out.unsafe_ptr(),
+            normed.unsafe_ptr(),
+            gate_up.unsafe_ptr(),
+            x.unsafe_ptr(),
+            residual.unsafe_ptr(),
+            gain.unsafe_ptr(),
+            w.unsafe_ptr(),
+            y.dim_size(0),
+            y.dim_size(1),
+            x.dim_size(1),
+            eps,
+            ctx,
+        )

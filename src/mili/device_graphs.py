@@ -98,7 +98,7 @@ class DecodeGraphs:
     """Captured decode steps of one pair of models on one device, by bucket."""
 
     def __init__(self, forward: Model, sampler: Model, device: Device, fixed: list[Buffer], page_size: int) -> None:
-        """`fixed` are the last inputs of `forward`: rotary table and caches, the same in every step."""
+        """`fixed` are the last inputs of `forward`: rotary table, caches and exchange, the same in every step."""
         self._forward, self._sampler, self._device = forward, sampler, device
         self._fixed, self._page_size = fixed, page_size
         self._buckets: dict[tuple[int, int], Bucket] = {}

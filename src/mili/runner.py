@@ -32,6 +32,7 @@ from mili.models.loading import load_weights
 from mili.models.qwen3 import FORWARD_INPUTS, SAMPLER_INPUTS
 from mili.models.rope import rope_table
 from mili.ops.attention import kv_cache_shapes
+from mili.ops.feed_forward import exchange_shape
 from mili.sampling import SamplingBatch
 from mili.transfers import Landing, Landings
 
@@ -112,8 +113,10 @@ class Runner:
         )
         self._caches = [_zeros([int(d) for d in shape], dtype, self.device) for shape in shapes]
         table = rope_table(model.rope, model.head_dim, self.max_model_len)  # [max_model_len, D] float32
-        self._fixed = [Buffer.from_numpy(table).to(self.device), *self._caches]
-        self.device.synchronize()  # the upload reads the table until then
+        exchange = np.zeros(exchange_shape(model.hidden_size, model.intermediate_size), np.uint64)
+        rotary, told = (Buffer.from_numpy(array).to(self.device) for array in (table, exchange))
+        self._fixed = [rotary, *self._caches, told]
+        self.device.synchronize()  # the uploads read the arrays until then
         self._threads = runtime_threads.of_process()
         if on_cpu:
             self._threads.give_way()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
+from mili.ops.feed_forward import exchange_shape
 from support.reference import Array, Arrays, round_to
 
 Shape = Mapping[str, Any]  # dims by their letter; `requests` is a tuple of (seq_len, query_len)
@@ -63,6 +64,24 @@ def norm_linear_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
     weight = round_to(dtype, normal(rng, dtype, rows, s["H"]) * (2 * s["H"] ** -0.5))
     bias = {"bias": normal(rng, dtype, rows)} if s.get("bias") else {}
     return {"x": norm["x"], "residual": norm["residual"], "gain": norm["weight"], "weight": weight, **bias}
+
+
+def feed_forward_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:
+    hidden, width = s["H"], s["I"]
+    scales = row_scales(rng, s["T"], -2, 1)
+
+    def weight(rows: int, columns: int) -> Array:
+        return round_to(dtype, normal(rng, dtype, rows, columns) * columns**-0.5)
+
+    return {
+        "attended": round_to(dtype, normal(rng, dtype, s["T"], s["Q"]) * scales),
+        "residual": round_to(dtype, normal(rng, dtype, s["T"], hidden) * scales),
+        "gain": round_to(dtype, 1 + 0.5 * rng.standard_normal(hidden)),
+        "w_o": weight(hidden, s["Q"]),
+        "w_gate_up": weight(2 * width, hidden),
+        "w_down": weight(hidden, width),
+        "exchange": np.zeros(exchange_shape(hidden, width), np.uint64),
+    }
 
 
 def store_inputs(rng: Generator, s: Shape, dtype: str) -> Arrays:

@@ -112,6 +112,11 @@ CASES = (
         {"T": 6, "I": 48},
         {"x": ("T",), "residual": ("T",), "weight": ("2I",), "y": ("T", "I"), "residual_out": ("T",)},
     ),
+    Case(  # larger weights go the ways of the three ops above
+        "feed_forward",
+        lambda m: [{"Q": m.heads * m.head_dim, "H": m.hidden, "I": m.inter}] if m.hidden == 1024 else [],
+        lambda s: [{"T": rows} for rows in (1, 2, 3, 4, 5)],
+    ),
     Case("qk_norm_rope_store", lambda m: [m.attention], _rows("T")),
     Case("paged_attention", lambda m: [m.attention], _attention),
     Case("rope_attention", lambda m: [m.attention], _attention),

@@ -11,7 +11,8 @@ from kernels.inputs import LAYER
 from kernels.specs import same_bits
 from support.reference import Array, Arrays, gather
 
-ROW_INPUTS = ("token_ids", "x", "residual", "gate_up", "qkv", "positions", "slots")  # one entry for each row
+# One entry for each row.
+ROW_INPUTS = ("token_ids", "x", "attended", "residual", "gate_up", "qkv", "positions", "slots")
 CACHES = ("k_cache", "v_cache")
 
 

@@ -20,6 +20,7 @@ from kernels.inputs import (
     Shape,
     attention_inputs,
     embedding_inputs,
+    feed_forward_inputs,
     linear_inputs,
     norm_inputs,
     norm_linear_inputs,
@@ -158,6 +159,14 @@ def _norm_linear_silu_mul(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
     return {"y": a.round(silu(a, gate) * up), "residual_out": total}
 
 
+def _feed_forward(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
+    projected = a.round(a.dot(a(x["attended"]), a(x["w_o"])))
+    total = a.round(projected + a(x["residual"]))
+    normed = rms_norm(a, total, x["gain"], EPS)
+    gate, up = (a.round(a.dot(normed, a(w))) for w in np.split(x["w_gate_up"], 2))
+    return {"y": a.round(a.dot(a.round(silu(a, gate) * up), a(x["w_down"]))), "residual_out": total}
+
+
 def _store(a: Arithmetic, x: Arrays, s: Shape) -> Arrays:
     return qk_norm_rope_store(a, x, EPS)
 
@@ -279,6 +288,15 @@ SPECS = (
         lambda s, size: (2 * s["I"] * s["H"] + s["T"] * (3 * s["H"] + s["I"])) * size,
         lambda s: 4 * s["T"] * s["I"] * s["H"],
         frozenset({"residual_out"}),
+    ),
+    KernelSpec(
+        "feed_forward",
+        ({"Q": 2048, "H": 1024, "I": 3072}, {"Q": 128, "H": 64, "I": 46}),  # the first in one kernel on a GPU
+        tuple({"T": tokens} for tokens in (0, 1, 2, 3, 4, 5, 17)),
+        feed_forward_inputs,
+        _feed_forward,
+        lambda s, size: ((s["Q"] + 3 * s["I"]) * s["H"] + s["T"] * (s["Q"] + 3 * s["H"])) * size,
+        lambda s: 2 * s["T"] * (s["Q"] + 3 * s["I"]) * s["H"],
     ),
     KernelSpec(
         "qk_norm_rope_store",

@@ -7,6 +7,7 @@ from max.graph import BufferType, DeviceRef, Graph, TensorType
 from mili.ops.activation import silu_mul
 from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_norm_rope_store, rope_attention
 from mili.ops.embedding import embedding
+from mili.ops.feed_forward import feed_forward
 from mili.ops.linear import linear, linear_weight_shape
 from mili.ops.norm import add_rms_norm
 from mili.ops.norm_linear import norm_linear, norm_linear_silu_mul
@@ -18,11 +19,11 @@ Given = tuple[DType, tuple[int | str, ...]]
 
 def refused(call, message: str, **given: Given) -> None:
     """`call`, handed one graph input for each of `given`, raises a ValueError with `message`."""
-    kinds = [BufferType if name in ("k", "v") else TensorType for name in given]
+    kinds = [BufferType if name in ("k", "v", "exchange") else TensorType for name in given]
     types = [kind(dtype, list(shape), CPU) for kind, (dtype, shape) in zip(kinds, given.values(), strict=True)]
     with Graph("refused", input_types=types) as graph:
         values = dict(zip(given, graph.inputs, strict=True))
-        arguments = {n: v.buffer if n in ("k", "v") else v.tensor for n, v in values.items()}
+        arguments = {n: v.buffer if n in ("k", "v", "exchange") else v.tensor for n, v in values.items()}
         with pytest.raises(ValueError, match=message):
             call(**arguments)
         graph.output()
@@ -80,6 +81,21 @@ def test_norm_linear_silu_mul() -> None:
         gain=GAIN,
         weight=(F32, (2, 2048)),
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"residual": (BF16, ("T", 64))}, "feed_forward: residual has dtype bfloat16, expected float32"),
+        ({"w_o": (F32, (64, 128))}, r"feed_forward: w_o has shape \[64, 128\], expected \[2, 4096\]"),
+        ({"w_down": (F32, (2, 2048))}, r"feed_forward: w_down has shape \[2, 2048\], expected \[2, 1056\]"),
+        ({"exchange": (DType.uint64, (1,))}, r"feed_forward: exchange has shape \[1\], expected \[210\]"),
+    ],
+)
+def test_feed_forward(change: dict[str, Given], message: str) -> None:
+    given: dict[str, Given] = {"attended": (F32, ("T", 128)), "residual": ROW, "gain": GAIN, "w_o": (F32, (2, 4096))}
+    given |= {"w_gate_up": (F32, (3, 2048)), "w_down": (F32, (2, 1056)), "exchange": (DType.uint64, (210,)), **change}
+    refused(lambda **x: feed_forward(**x, width=33, eps=1e-6), message, **given)
 
 
 def test_silu_mul() -> None:

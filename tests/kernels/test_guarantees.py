@@ -74,6 +74,7 @@ ROW_WISE = (
     "linear",
     "norm_linear",
     "norm_linear_silu_mul",
+    "feed_forward",
     "qk_norm_rope_store",
 )
 

@@ -35,6 +35,7 @@ SHAPES: dict[str, Shape] = {
     "linear": {"K": 66, "N": 101, "M": 13, "bias": True, "wide": False},
     "norm_linear": {"H": 66, "N": 101, "bias": True, "T": 9},
     "norm_linear_silu_mul": {"H": 66, "I": 45, "T": 9},
+    "feed_forward": {"Q": 128, "H": 64, "I": 46, "T": 5},
     "qk_norm_rope_store": {**HEADS, "T": 17},
     "paged_attention": PAGED,
     "rope_attention": PAGED,
@@ -169,6 +170,14 @@ BUGS: dict[str, dict[str, Bug]] = {
         "the old residual": wrong_output("residual_out", lambda y, x: x["residual"]),
         "no gain": wrong_inputs(lambda x: {"gain": np.ones_like(x["gain"])}),
         "a row repeated": wrong_output("y", lambda y, x: y[[*range(8), 7]]),
+    },
+    "feed_forward": {
+        "up first": wrong_inputs(lambda x: {"w_gate_up": np.roll(x["w_gate_up"], 46, axis=0)}),
+        "the old residual": wrong_output("residual_out", lambda y, x: x["residual"]),
+        "no residual": wrong_inputs(lambda x: {"residual": np.zeros_like(x["residual"])}),
+        "no gain": wrong_inputs(lambda x: {"gain": np.ones_like(x["gain"])}),
+        "an eight of down's rows of another warp": wrong_output("y", lambda y, x: y[:, [*range(56), *range(48, 56)]]),
+        "an activation of the launch before": wrong_inputs(lambda x: {"w_down": x["w_down"] * (np.arange(46) > 0)}),
     },
     "qk_norm_rope_store": {
         "the next position": wrong_inputs(lambda x: {"positions": (x["positions"] + 1) % len(x["cos_sin"])}),

@@ -20,6 +20,7 @@ from mili.ops import _call
 from mili.ops.activation import silu_mul
 from mili.ops.attention import CacheView, kv_cache_shapes, paged_attention, qk_norm_rope_store, rope_attention
 from mili.ops.embedding import embedding
+from mili.ops.feed_forward import exchange_shape, feed_forward
 from mili.ops.linear import linear, linear_weight_shape
 from mili.ops.norm import add_rms_norm
 from mili.ops.norm_linear import norm_linear, norm_linear_silu_mul
@@ -35,7 +36,8 @@ LAYERS = 2  # of the caches
 PANEL = 32
 SCALARS = ("layer", "max_query_len", "max_seq_len")  # int32, on the host
 CACHES = ("k_cache", "v_cache")  # written in place
-MATRICES = ("table", "weight")  # in panels on the CPU when they have two dims
+MUTABLE = (*CACHES, "exchange")
+MATRICES = ("table", "weight", "w_o", "w_gate_up", "w_down")  # in panels on the CPU when they have two dims
 OUTPUTS = {
     "embedding": ("hidden", "zeros"),
     "add_rms_norm": ("y", "residual_out"),
@@ -44,6 +46,7 @@ OUTPUTS = {
     "linear": ("y",),
     "norm_linear": ("y", "residual_out"),
     "norm_linear_silu_mul": ("y", "residual_out"),
+    "feed_forward": ("y", "residual_out"),
     "qk_norm_rope_store": ("q",),
     "paged_attention": ("out",),
     "rope_attention": ("out",),
@@ -219,13 +222,13 @@ class Kernels:
         for i, ports in enumerate(self._ports):
             for port, (dtype, shape) in ports.items():
                 dims = [f"{d}_{i}" if isinstance(d, str) else d for d in shape]
-                kind = BufferType if port in CACHES else TensorType
+                kind = BufferType if port in MUTABLE else TensorType
                 types.append(kind(dtype, dims, DeviceRef.CPU() if port in SCALARS else device))
         with Graph("kernels", input_types=types, custom_extensions=[_call.kernels_path()]) as graph:
             inputs = iter(graph.inputs)
             results: list[TensorValue] = []
             for (name, statics), ports in zip(self.instances, self._ports, strict=True):
-                values = {p: v.buffer if p in CACHES else v.tensor for p, v in zip(ports, inputs, strict=False)}
+                values = {p: v.buffer if p in MUTABLE else v.tensor for p, v in zip(ports, inputs, strict=False)}
                 placed = _place(name, statics, values)
                 assert len(placed) == len(OUTPUTS[name])
                 results += placed
@@ -255,6 +258,16 @@ def _ports(name: str, s: Statics, dtype: DType, on_cpu: bool) -> dict[str, Port]
         weight = tuple(linear_weight_shape(rows, s["H"], on_cpu))
         bias = {"bias": (dtype, (rows,))} if s.get("bias") else {}
         return {"x": row, "residual": row, "gain": (dtype, (s["H"],)), "weight": (dtype, weight), **bias}
+    if name == "feed_forward":
+        hidden, width = s["H"], s["I"]
+        matrices = {"w_o": (hidden, s["Q"]), "w_gate_up": (2 * width, hidden), "w_down": (hidden, width)}
+        return {
+            "attended": (dtype, ("T", s["Q"])),
+            "residual": (dtype, ("T", hidden)),
+            "gain": (dtype, (hidden,)),
+            **{port: (dtype, tuple(linear_weight_shape(*shape, on_cpu))) for port, shape in matrices.items()},
+            "exchange": (DType.uint64, tuple(exchange_shape(hidden, width))),
+        }
     k_shape, v_shape = kv_cache_shapes(LAYERS, "pages", s["Hkv"], s.get("S", "S"), s["D"], on_cpu)
     cache: dict[str, Port] = {
         "k_cache": (dtype, tuple(k_shape)),
@@ -302,6 +315,7 @@ def _place(name: str, s: Statics, x: dict[str, Any]) -> list[TensorValue]:
         "silu_mul": lambda: silu_mul(**x),
         "norm_linear": lambda: norm_linear(**x, out_features=s["N"], eps=EPS, **way),
         "norm_linear_silu_mul": lambda: norm_linear_silu_mul(**x, width=s["I"], eps=EPS, **way),
+        "feed_forward": lambda: feed_forward(**x, width=s["I"], eps=EPS, **way),
         "qk_norm_rope_store": lambda: qk_norm_rope_store(**x, eps=EPS),
         "paged_attention": lambda: paged_attention(**x, scale=s["D"] ** -0.5, **way),
         "rope_attention": lambda: rope_attention(**x, eps=EPS, scale=s["D"] ** -0.5, **way),

@@ -20,6 +20,7 @@ from mili.models.qwen3_layer import Step, attend, feed_forward
 from mili.ops._call import kernels_path
 from mili.ops.attention import kv_cache_shapes
 from mili.ops.embedding import embedding
+from mili.ops.feed_forward import exchange_shape
 from mili.ops.linear import linear, linear_weight_shape
 from mili.ops.norm import add_rms_norm
 from mili.ops.sampling import sample
@@ -27,8 +28,8 @@ from mili.ops.take_rows import take_rows
 
 __all__ = ["FORWARD_INPUTS", "SAMPLER_INPUTS", "WeightSpec", "build_forward", "build_sampler", "weight_specs"]
 
-# The arrays of a step in the order of the graphs' inputs. Rotary table and caches follow those of `forward`; the rows
-# that it makes precede those of `sampler`.
+# The arrays of a step in the order of the graphs' inputs. Rotary table, caches and exchange follow those of `forward`;
+# the rows that it makes precede those of `sampler`.
 FORWARD_INPUTS = (
     "token_ids",
     "positions",
@@ -101,9 +102,10 @@ def build_forward(
     """Build the graph from token ids to the rows that logits are wanted of.
 
     Inputs, in order: `FORWARD_INPUTS` (T tokens, B requests, P pages of the longest table, R logit rows), cos_sin
-    [M, D] float32, k_cache and v_cache (see `kv_cache_shapes`, written in place). Output: hidden [R, H] of `dtype`,
-    after the last norm. Weights are external, named as in `weight_specs`. With `batch_invariant` a request's outputs
-    have the same bits in whatever batch and chunks; on the CPU they always do. `kernels` are ours, precompiled.
+    [M, D] float32, k_cache and v_cache (see `kv_cache_shapes`, written in place) and exchange (see `feed_forward`).
+    Output: hidden [R, H] of `dtype`, after the last norm. Weights are external, named as in `weight_specs`. With
+    `batch_invariant` a request's outputs have the same bits in whatever batch and chunks; on the CPU they always do.
+    `kernels` are ours, precompiled.
     """
     i32, f32, tensor = DType.int32, DType.float32, _tensor_types(device)
     scalar = TensorType(i32, [], DeviceRef.CPU())
@@ -123,6 +125,7 @@ def build_forward(
         "cos_sin": tensor(f32, "M", config.head_dim),
         "k_cache": BufferType(dtype, shapes[0], device),
         "v_cache": BufferType(dtype, shapes[1], device),
+        "exchange": BufferType(DType.uint64, exchange_shape(config.hidden_size, config.intermediate_size), device),
     }
     assert tuple(types)[: len(FORWARD_INPUTS)] == FORWARD_INPUTS
     with Graph("forward", input_types=types.values(), custom_extensions=[kernels or kernels_path()]) as graph:
@@ -147,7 +150,7 @@ def build_forward(
         layer = ops.constant(last, i32, device=DeviceRef.CPU())
         attended, residual = attend(config, weights, x, residual, layer, step, batch_invariant)
         attended, residual = take_rows(attended, residual, _tensor(given["logit_rows"]))
-        x, residual = feed_forward(config, weights, attended, residual, batch_invariant)
+        x, residual = feed_forward(config, weights, attended, residual, step.exchange, batch_invariant)
         # --8<-- [end:calls]
         norm = _weight("model.norm.weight", (config.hidden_size,), dtype, device)
         hidden, _ = add_rms_norm(x, residual, norm, config.rms_norm_eps)
@@ -203,7 +206,7 @@ def _layer_graph(
         weights = _layer_weights(config, dtype, device)
         x, residual, layer = (value.tensor for value in inputs[:3])
         attended, residual = attend(config, weights, x, residual, layer, inner, batch_invariant)
-        sub.output(*feed_forward(config, weights, attended, residual, batch_invariant))
+        sub.output(*feed_forward(config, weights, attended, residual, inner.exchange, batch_invariant))
     return sub
 
 

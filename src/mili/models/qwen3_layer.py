@@ -12,6 +12,7 @@ from max.graph import BufferValue, TensorValue
 
 from mili.config import ModelConfig
 from mili.ops.attention import CacheView, rope_attention
+from mili.ops.feed_forward import feed_forward as fused_feed_forward
 from mili.ops.linear import linear
 from mili.ops.norm_linear import norm_linear, norm_linear_silu_mul
 
@@ -32,6 +33,7 @@ class Step:
     max_seq_len: TensorValue
     k_cache: BufferValue
     v_cache: BufferValue
+    exchange: BufferValue
 
     def values(self) -> list[TensorValue | BufferValue]:
         return [getattr(self, name) for name in Step.__slots__]
@@ -88,10 +90,24 @@ def feed_forward(
     weights: Mapping[str, TensorValue],
     attended: TensorValue,
     residual: TensorValue,
+    exchange: BufferValue,
     batch_invariant: bool,
 ) -> tuple[TensorValue, TensorValue]:
     """Return what the layer adds last and the residual stream before that, both [T, H]."""
     # --8<-- [start:feed_forward]
+    if "self_attn.o_proj.bias" not in weights:
+        return fused_feed_forward(
+            attended,
+            residual,
+            weights["post_attention_layernorm.weight"],
+            weights["self_attn.o_proj.weight"],
+            weights["mlp.gate_up_proj.weight"],
+            weights["mlp.down_proj.weight"],
+            exchange,
+            config.intermediate_size,
+            config.rms_norm_eps,
+            batch_invariant=batch_invariant,
+        )
     x = linear(
         attended,
         weights["self_attn.o_proj.weight"],
