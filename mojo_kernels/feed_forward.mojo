@@ -6,7 +6,8 @@ Shapes:    y, residual_out, projected, normed [T, H] = attended [T, Q], residual
            `linear` with H, 2I and H rows; acts [T, I]
 Dtypes:    bfloat16 or float32
 CPU:       `linear`, `norm_linear_silu_mul`, `linear`, one after the other
-GPU:       up to 4 rows of small weights in bfloat16: one kernel, `_feed_forward_gpu`; otherwise as on the CPU
+GPU:       up to 4 rows of small weights in bfloat16: one kernel, `_feed_forward_gpu`; otherwise as on the CPU, but that the
+           first product fetches the other weights into the L2 cache when its own is small and rows are few
 Bound:     bytes = (Q H + 3 H I + (Q + 3 H) T) sizeof(dtype); flops = 2 T (Q H + 3 H I)
 Limits:    those of `linear`; residual_out is not residual. On the GPU `exchange` [words] uint64 is zeros at first, then left alone,
            and all calls with it are on one stream

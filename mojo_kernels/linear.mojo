@@ -5,8 +5,7 @@ Shapes:    y [M, N], x [M, K], bias [N]; w: CPU [ceil(N/32), K*32] packed panels
 Dtypes:    x, w, bias bfloat16 or float32; y the same or float32 (logits); float32 accumulation, one rounding at the store
 CPU:       `_linear_cpu`: parallel over panels of 32 outputs, register tile of 12 rows, AVX-512 bf16 dot where the CPU has it
 GPU:       `_linear_gpu`: weight streaming for few rows, TMA and wgmma for many; with batch_invariant the latter for all, so that
-           sums do not depend on M there either. With few rows of a small w, `ahead` and `later`, weights of products behind this
-           one, are fetched into the L2 cache meanwhile; they do not change the result
+           sums do not depend on M there either
 Bound:     bytes = (N K + M K) sizeof(dtype) + M N sizeof(y); flops = 2 M N K
 Limits:    K is even for bfloat16 on the CPU (two k share a lane)
 Source:    panel packing and register tiles: Goto and van de Geijn 2008; here k is never split, so that sums do not depend on M
@@ -56,9 +55,9 @@ def _linear_ahead[
     k: Int,
     ctx: DeviceContext,
 ) raises:
-    """Makes y [m, n], and where that pays fetches two weights for later, unless `ahead` is w."""
+    """Makes y [m, n], for an op that reads two more weights later: with few rows of a small w it fetches them into the L2 cache."""
     comptime if is_gpu[target]() and dtype == BF16 and not INVARIANT:
-        if 0 < m <= _AHEAD_ROWS and Int(ahead) != Int(w) and fits_skinny(m, n, k):
+        if 0 < m <= _AHEAD_ROWS and fits_skinny(m, n, k):
             comptime P = Ptr[BF16]
             var weight = rebind[P](w)
             linear_skinny[out_dtype, False](
@@ -79,8 +78,6 @@ struct Linear:
         y: OutputTensor[rank=2, ...],
         x: InputTensor[rank=2, ...],
         w: InputTensor[dtype=x.dtype, rank=2, ...],
-        ahead: InputTensor[dtype=x.dtype, rank=2, ...],
-        later: InputTensor[dtype=x.dtype, rank=2, ...],
         ctx: DeviceContext,
     ) raises:
         """Runs the op.
@@ -93,25 +90,14 @@ struct Linear:
             y: Output [M, N].
             x: Activations [M, K].
             w: Weight, packed on the CPU.
-            ahead: A weight that is read soon, or w.
-            later: Another, after it.
             ctx: Device context.
 
         Raises:
             Error: If K is odd for bfloat16 on the CPU, or a launch fails.
         """
-        _linear_ahead[target, batch_invariant](
-            y.unsafe_ptr(),
-            x.unsafe_ptr(),
-            w.unsafe_ptr(),
-            ahead.unsafe_ptr(),
-            ahead.dim_size(0) * ahead.dim_size(1),
-            later.unsafe_ptr(),
-            later.dim_size(0) * later.dim_size(1),
-            x.dim_size(0),
-            y.dim_size(1),
-            x.dim_size(1),
-            ctx,
+        var wp = w.unsafe_ptr()
+        _linear[target, False, batch_invariant](
+            y.unsafe_ptr(), x.unsafe_ptr(), wp, wp, x.dim_size(0), y.dim_size(1), x.dim_size(1), ctx
         )
 
 

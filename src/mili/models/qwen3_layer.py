@@ -112,9 +112,8 @@ def feed_forward(
         attended,
         weights["self_attn.o_proj.weight"],
         config.hidden_size,
-        weights.get("self_attn.o_proj.bias"),
+        weights["self_attn.o_proj.bias"],
         batch_invariant=batch_invariant,
-        ahead=(weights["mlp.gate_up_proj.weight"], weights["mlp.down_proj.weight"]),
     )
     x, residual = norm_linear_silu_mul(
         x,

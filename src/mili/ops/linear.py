@@ -21,7 +21,6 @@ def linear(
     out_dtype: DType | None = None,
     *,
     batch_invariant: bool = False,
-    ahead: tuple[TensorValue, TensorValue] | None = None,
 ) -> TensorValue:
     """Return x @ weight^T (+ bias) as [M, N].
 
@@ -32,8 +31,6 @@ def linear(
         bias: [N], dtype of `x`.
         out_dtype: dtype of the result, that of `x` by default; float32 for logits.
         batch_invariant: Whether a row's bits may not depend on the other rows; on the CPU they never do.
-        ahead: Two weights that are read next, in their order. A GPU may fetch them meanwhile, if there is no bias;
-            no bit depends on it.
     """
     check_tensor("linear", "x", x, (DType.bfloat16, DType.float32), "M", "K")
     columns = int(x.shape[1])
@@ -42,6 +39,6 @@ def linear(
     out = TensorType(out_dtype or x.dtype, [x.shape[0], out_features], x.device)
     parameters = {"batch_invariant": batch_invariant}
     if bias is None:
-        return kernel_op("linear", x.device, [x, weight, *(ahead or (weight, weight))], [out], parameters)[0]
+        return kernel_op("linear", x.device, [x, weight], [out], parameters)[0]
     check_tensor("linear", "bias", bias, x.dtype, out_features)
     return kernel_op("linear_bias", x.device, [x, weight, bias], [out], parameters)[0]
