@@ -37,7 +37,8 @@ class SamplingParams:
         min_p: Drop tokens less likely than this fraction of the most likely one, in [0, 1].
         presence_penalty: Subtracted from the logit of every token generated so far, in [-2, 2].
         frequency_penalty: Subtracted once for each time the token was generated, in [-2, 2].
-        repetition_penalty: Divides a positive and multiplies a negative logit of every token of prompt or output; > 0.
+        repetition_penalty: Divides a positive and multiplies a negative logit of every token of prompt or output; in
+            [1e-6, 1e6], so that no logit leaves float32.
         seed: Makes the draws repeatable whatever else is in the batch; ``None`` lets the engine choose.
         stop: Strings that end generation; needs ``detokenize``.
         stop_token_ids: Token ids that end generation.
@@ -89,9 +90,7 @@ class SamplingParams:
         self._set("min_p", _number("min_p", self.min_p, 0.0, 1.0))
         self._set("presence_penalty", _number("presence_penalty", self.presence_penalty, -2.0, 2.0))
         self._set("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
-        self._set(
-            "repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
-        )
+        self._set("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 1e-6, 1e6))
         if self.seed is not None:
             self._set("seed", _integer("seed", self.seed, -(2**63), 2**64 - 1))
         self._set("stop", _strings("stop", self.stop))

@@ -324,6 +324,17 @@ def test_repetition_penalty_is_that_of_transformers(sampler: Sampler) -> None:
     assert got.tolist() == processed.argmax(1).tolist() and (got != logits.argmax(1)).any()
 
 
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+def test_the_strongest_repetition_penalties_leave_a_token_to_draw(sampler: Sampler, penalty: float) -> None:
+    logits = normal(16, 500, seed=4) * np.float32(100)
+    rows = [row(prompt=range(250), temperature=t, repetition_penalty=penalty) for t in (0, 2e-5, 1.0, 1e6) * 4]
+    divided = np.where(logits > 0, logits / np.float32(penalty), logits * np.float32(penalty))
+    want = np.concatenate([divided[:, :250], logits[:, 250:]], axis=1).argmax(1)
+    got = sampler.rows(logits, rows).token_ids
+    cold = [i for i in range(16) if i % 4 < 2]
+    assert got[cold].tolist() == want[cold].tolist() and ((0 <= got) & (got < 500)).all()
+
+
 def test_banned_tokens_are_never_drawn(sampler: Sampler) -> None:
     logits = np.array([9, 8, 0, 0, 7], np.float32)
     state = SamplerState(SamplingParams(min_tokens=3, repetition_penalty=0.5), [0], stop_ids={0, 4}, bad_words=[[1]])

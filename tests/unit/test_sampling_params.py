@@ -71,6 +71,8 @@ def test_the_callers_containers_are_copied() -> None:
         ("frequency_penalty", -2.1),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
+        ("repetition_penalty", 1e-7),
+        ("repetition_penalty", 1.6e155),
         ("seed", 2**64),
         ("seed", 1.0),
         ("stop", [""]),
