@@ -2,10 +2,16 @@
 
     PYTHONPATH=src:tests python tests/bench/bench_server.py [--rounds 5] [--concurrent 32] [--new 32:96]
 
-The same prompts and lengths go through `LLM.generate` in this process and through `mili serve` in another, in turn, so
-that a machine that changes its speed changes both; the one that is not measured is idle. The client runs on the same
-machine, so what it takes is in the server's figure: it reads bytes and looks into them afterwards. The bundled model;
-the last line is JSON.
+The same prompts and lengths go all ways in turn, so that a machine that changes its speed changes all of them; who is not
+measured is idle:
+
+    all at once     `LLM.generate` in this process: a place that is free is taken in the next step
+    engine          `AsyncLLM` in this process, whose readers ask for the next answer when they have the last: so many
+                    requests at once, as the server's clients make them, and no server
+    plain, stream   `mili serve` in another process
+
+The client runs on the same machine, so what it takes is in the server's figure: it reads bytes and looks into them
+afterwards. The bundled model; the last line is JSON.
 """
 
 import argparse
@@ -17,12 +23,12 @@ import re
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import uvloop
 
-from mili import LLM, SamplingParams
+from mili import LLM, AsyncLLM, SamplingParams
 from support.live import serve
 
 NUM_REQUESTS, PROMPT_LEN = 300, 64
@@ -41,10 +47,22 @@ def settle(*pids: int) -> None:
         time.sleep(1)
 
 
-def engine_speed(llm: LLM, prompts: list[list[int]], lengths: list[int]) -> float:
+def all_at_once_speed(llm: LLM, prompts: list[list[int]], lengths: list[int]) -> float:
     params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
     started = time.perf_counter()
     llm.generate(prompts, params, use_tqdm=False)
+    return sum(lengths) / (time.perf_counter() - started)
+
+
+async def engine_speed(llm: AsyncLLM, prompts: list[list[int]], lengths: list[int], concurrent: int) -> float:
+    waiting = iter(zip(prompts, lengths, strict=True))
+
+    async def visitor() -> None:
+        for prompt, length in waiting:
+            await llm.complete(prompt, SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True))
+
+    started = time.perf_counter()
+    await asyncio.gather(*(visitor() for _ in range(concurrent)))
     return sum(lengths) / (time.perf_counter() - started)
 
 
@@ -137,13 +155,15 @@ def main() -> None:
     prompts = [[rng.randrange(256) for _ in range(PROMPT_LEN)] for _ in range(NUM_REQUESTS)]
     lengths = [rng.randint(*options.new) for _ in range(NUM_REQUESTS)]
     engine = {"max_num_seqs": options.concurrent, "enable_prefix_caching": False}
-    speeds: dict[str, list[float]] = {"engine": [], "plain": [], "stream": []}
+    speeds: dict[str, list[float]] = {"all at once": [], "engine": [], "plain": [], "stream": []}
     args = ("--max-num-seqs", str(options.concurrent), "--no-enable-prefix-caching", "--no-access-log")
-    with serve(*args) as server, LLM(**engine) as llm:
-        engine_speed(llm, prompts[: options.concurrent], lengths[: options.concurrent])
+    with serve(*args) as server, LLM(**engine) as llm, closing(AsyncLLM(**engine)) as async_llm:
+        all_at_once_speed(llm, prompts[: options.concurrent], lengths[: options.concurrent])
         for _ in range(options.rounds):
             settle(os.getpid(), server.process.pid)
-            speeds["engine"].append(engine_speed(llm, prompts, lengths))
+            speeds["all at once"].append(all_at_once_speed(llm, prompts, lengths))
+            settle(os.getpid(), server.process.pid)
+            speeds["engine"].append(uvloop.run(engine_speed(async_llm, prompts, lengths, options.concurrent)))
             settle(os.getpid(), server.process.pid)
             for name in ("plain", "stream"):
                 load = server_speed(server.url, prompts, lengths, options.concurrent, name == "stream")
