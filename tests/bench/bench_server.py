@@ -2,8 +2,8 @@
 
     PYTHONPATH=src:tests python tests/bench/bench_server.py [--rounds 5] [--concurrent 32] [--new 32:96]
 
-The same prompts and lengths go all ways in turn, so that a machine that changes its speed changes all of them; who is not
-measured is idle:
+The same prompts and lengths go all ways in turn, so that a machine that changes its speed changes all of them; nobody
+else runs meanwhile:
 
     all at once     `LLM.generate` in this process: a place that is free is taken in the next step
     engine          `AsyncLLM` in this process, whose readers ask for the next answer when they have the last: so many

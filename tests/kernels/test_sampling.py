@@ -332,7 +332,7 @@ def test_the_strongest_repetition_penalties_leave_a_token_to_draw(sampler: Sampl
     want = np.concatenate([divided[:, :250], logits[:, 250:]], axis=1).argmax(1)
     got = sampler.rows(logits, rows).token_ids
     cold = [i for i in range(16) if i % 4 < 2]
-    assert got[cold].tolist() == want[cold].tolist() and ((0 <= got) & (got < 500)).all()
+    assert got[cold].tolist() == want[cold].tolist() and ((got >= 0) & (got < 500)).all()
 
 
 def test_banned_tokens_are_never_drawn(sampler: Sampler) -> None:
