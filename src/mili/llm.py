@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from mili.config import EngineConfig, ModelConfig
 from mili.errors import RequestError
+from mili.interrupts import HeldInterrupts
 from mili.loaded_model import LoadedModel
 from mili.memory import MemoryPlan
 from mili.outputs import RequestOutput
 from mili.plan import ModelPlan, plan_model
-from mili.prompts import Messages, Prompt, PromptLike, match_params, parse_prompts
+from mili.prompts import Messages, Prompt, PromptLike, match_params, parse_conversations, parse_prompts
 from mili.sampling_params import SamplingParams
 from mili.tokenizer import Tokenizer
 
@@ -141,9 +142,7 @@ class LLM:
             tools: Descriptions of functions the model may call.
             chat_template_kwargs: Further variables of the template, such as {"enable_thinking": False}.
         """
-        if not messages:
-            raise RequestError("no conversation: messages is empty")
-        conversations: list[Any] = [messages] if isinstance(messages[0], Mapping) else list(messages)
+        conversations = parse_conversations(messages)
         prompts = [
             self._loaded.render_chat(
                 conversation,
@@ -237,9 +236,11 @@ class LLM:
         ids: list[str] = []
         unfinished: set[str] = set()
         outputs: dict[str, RequestOutput] = {}
-        with tqdm(total=len(prompts), desc="generate", unit="prompt", dynamic_ncols=True, disable=not use_tqdm) as bar:
+        progress = tqdm(total=len(prompts), desc="generate", unit="prompt", dynamic_ncols=True, disable=not use_tqdm)
+        with progress as bar, HeldInterrupts() as interrupts:
             try:
                 while todo or unfinished:
+                    interrupts.check()  # between two steps every request is in its place
                     room = engine.num_wanted_tokens if todo else 0  # the others are added while the device computes
                     while todo and room > 0:
                         prompt, param = todo.popleft()
@@ -265,18 +266,21 @@ class LLM:
 
     def _stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[RequestOutput]:
         engine = self._loaded.engine
-        request_id = engine.add(prompt.token_ids or (), params, prompt=prompt.text)
+        request_id, finished = "", False
         try:
-            finished = False
             while not finished:
-                while not engine.has_news(request_id):  # another stream's step may have brought some
-                    engine.step()
-                output = engine.take(request_id)
+                with HeldInterrupts() as interrupts:
+                    request_id = request_id or engine.add(prompt.token_ids or (), params, prompt=prompt.text)
+                    while not engine.has_news(request_id):  # another stream's step may have brought some
+                        interrupts.check()
+                        engine.step()
+                    output = engine.take(request_id)
                 finished = output.finished
                 yield output
                 engine = self._loaded.engine  # raises if it was closed meanwhile
         finally:
-            engine.abort(request_id)
+            with HeldInterrupts():
+                engine.abort(request_id)
 
 
 def _single(prompt: PromptLike) -> list[Prompt]:

@@ -39,6 +39,19 @@ def parse_prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[Prompt]:
     return [_parse(item, f"prompts[{index}]") for index, item in enumerate(items)]
 
 
+def parse_conversations(messages: Messages | Sequence[Messages]) -> list[Any]:
+    """One conversation, or a list of them, as a list; what is in each is not looked at. Raises RequestError."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise RequestError(
+            f"messages must be a list of {{'role': ..., 'content': ...}} dicts, or a list of such lists, "
+            f"got {type(messages).__name__}"
+        )
+    items: list[Any] = list(messages)
+    if not items:
+        raise RequestError("no conversation: messages is empty")
+    return [items] if isinstance(items[0], Mapping) else items
+
+
 def match_params(
     params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int, default: SamplingParams
 ) -> list[SamplingParams]:
@@ -86,6 +99,9 @@ def _token_ids(value: Any, name: str) -> list[int]:
 def _items(value: Any, name: str) -> list[Any]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise RequestError(f"{name} must be text, token ids or a list of them, got {type(value).__name__}")
+    if callable(to_list := getattr(value, "tolist", None)):  # an array or a tensor, whose items are no plain integers
+        value = to_list()
+        return value if isinstance(value, list) else _items(value, name)  # no list: it had no dimension
     return list(value)
 
 

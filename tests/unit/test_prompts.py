@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+import torch
 
 from mili.errors import RequestError
-from mili.prompts import Prompt, match_params, parse_prompts
+from mili.prompts import Prompt, match_params, parse_conversations, parse_prompts
 from mili.sampling_params import SamplingParams
 
 
@@ -17,6 +18,8 @@ from mili.sampling_params import SamplingParams
         ([[1, 2], [3]], [Prompt(token_ids=[1, 2]), Prompt(token_ids=[3])]),
         (np.array([[1, 2], [3, 4]]), [Prompt(token_ids=[1, 2]), Prompt(token_ids=[3, 4])]),
         ([[1], "a", {"prompt": "b"}], [Prompt(token_ids=[1]), Prompt("a"), Prompt("b")]),
+        (torch.tensor([1, 2]), [Prompt(token_ids=[1, 2])]),
+        ([torch.tensor([1, 2]), "a"], [Prompt(token_ids=[1, 2]), Prompt("a")]),
         ({"prompt": "a"}, [Prompt("a")]),
         ({"prompt_token_ids": [4]}, [Prompt(token_ids=[4])]),
         ({"prompt": "a", "prompt_token_ids": [4]}, [Prompt("a", [4])]),
@@ -43,11 +46,28 @@ def test_every_form_of_prompt(given, expected):
         ({"prompt": 3}, "must be a str, got int"),
         ({}, "must have 'prompt' or 'prompt_token_ids'"),
         ({"prompt_token_ids": "abc"}, "got str"),
+        (np.array(5), "got int"),
+        ([torch.tensor(5)], r"prompts\[0\] must be text.*got int"),
     ],
 )
 def test_what_is_no_prompt_is_refused(given, message):
     with pytest.raises(RequestError, match=message):
         parse_prompts(given)
+
+
+def test_one_conversation_or_several():
+    message = {"role": "user", "content": "a"}
+    assert parse_conversations([message]) == parse_conversations(iter([message])) == [[message]]
+    assert parse_conversations([[message], [message]]) == [[message], [message]]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [([], "no conversation"), ({"role": "user"}, "got dict"), ("hello", "got str"), (5, "got int"), (None, "NoneType")],
+)
+def test_what_is_no_conversation_is_refused(given, message):
+    with pytest.raises(RequestError, match=message):
+        parse_conversations(given)
 
 
 def test_params_are_matched_to_prompts():
