@@ -4,6 +4,7 @@ What `LLM` and `AsyncLLM` have in common. It makes prompts into token ids; it ne
 requests. Invariant: what it has opened it closes, also when a later part of the start fails.
 """
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from mili.config import EngineConfig, GenerationDefaults, ModelConfig
 from mili.engine import Engine
-from mili.errors import MiliError, RequestError
+from mili.errors import ConfigError, MiliError, RequestError
 from mili.memory import MemoryPlan
 from mili.models.hub import resolve_model
 from mili.prompts import Messages, Prompt
@@ -40,8 +41,11 @@ class LoadedModel:
         self.config = ModelConfig.from_pretrained(folder, hf_overrides)
         self.tokenizer = Tokenizer.from_pretrained(folder)
         recommended: dict[str, Any] = GenerationDefaults.from_pretrained(folder).as_dict()
-        self.default_params = SamplingParams(**recommended)
-        found = time.perf_counter()
+        try:
+            self.default_params = SamplingParams(**recommended)
+        except RequestError as error:
+            raise ConfigError(f"{folder / 'generation_config.json'}: {error}") from error
+        found, self._process = time.perf_counter(), os.getpid()
         runner = Runner(folder, self.config, config)
         try:
             self._engine: Engine | None = Engine(runner, self.tokenizer, self.config, config)
@@ -57,9 +61,14 @@ class LoadedModel:
 
     @property
     def engine(self) -> Engine:
-        """The engine; raises MiliError after `close`."""
+        """The engine; raises MiliError after `close`, and in a process that was forked since the start."""
         if self._engine is None:
             raise MiliError("this LLM is closed: make a new one")
+        if os.getpid() != self._process:  # without MAX's threads it would wait for ever
+            raise MiliError(
+                f"this LLM belongs to process {self._process}, of which this one is a fork: start processes with "
+                "multiprocessing's method 'spawn' and make an LLM in each"
+            )
         return self._engine
 
     @property
@@ -88,6 +97,8 @@ class LoadedModel:
 
         The arguments are those of `LLM.chat`. Raises RequestError for a conversation the template cannot render.
         """
+        if not isinstance(chat_template_kwargs, Mapping | None):
+            raise RequestError(f"chat_template_kwargs must be a dict, got {type(chat_template_kwargs).__name__}")
         variables = dict(chat_template_kwargs or {})
         if reserved := sorted(_RENDER_ARGUMENTS & variables.keys()):
             raise RequestError(f"chat_template_kwargs must not hold {reserved[0]!r}: it has an argument of its own")
@@ -106,4 +117,5 @@ class LoadedModel:
         """End every request and free the device; safe to call again."""
         if self._engine is not None:
             engine, self._engine = self._engine, None
-            engine.close()
+            if os.getpid() == self._process:
+                engine.close()

@@ -88,6 +88,12 @@ class Runner:
         checkpoint.
         """
         started = time.perf_counter()
+        self._threads = runtime_threads.of_process()
+        if self._threads.process != os.getpid():
+            raise ConfigError(
+                f"process {self._threads.process}, of which this one is a fork, had loaded a model, and MAX's threads "
+                "are not here: start processes with multiprocessing's method 'spawn'"
+            )
         self.device = resolve_device(engine)
         self.max_model_len = engine.resolve_max_model_len(model)
         self.dtype = engine.resolve_dtype(model)
@@ -117,7 +123,6 @@ class Runner:
         rotary, told = (Buffer.from_numpy(array).to(self.device) for array in (table, exchange))
         self._fixed = [rotary, *self._caches, told]
         self.device.synchronize()  # the uploads read the arrays until then
-        self._threads = runtime_threads.of_process()
         if on_cpu:
             self._threads.give_way()
         self._landings = None if on_cpu else Landings(self.device, engine.max_num_seqs + LOGIT_ROWS)

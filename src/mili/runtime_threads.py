@@ -31,6 +31,7 @@ class RuntimeThreads:
     """The threads that MAX started. MAX has one set of them in a process, so there is one of these: `of_process`."""
 
     def __init__(self) -> None:
+        self.process = os.getpid()  # a fork of it inherits this object but not the threads
         self._lock = threading.Lock()
         self._ids: list[str] | None = None  # unknown before the first execution
         self._working: set[object] = set()  # the runners that may execute on a GPU at any moment

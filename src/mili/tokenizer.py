@@ -191,6 +191,8 @@ class Tokenizer:
 
     def _find_template(self, wanted: str | None, tools: object) -> str:
         if wanted is not None:
+            if not isinstance(wanted, str):
+                raise RequestError(f"chat_template must be Jinja text or a name, got {type(wanted).__name__}")
             return self._templates.get(wanted, wanted)
         for name in ("tool_use", "default") if tools is not None else ("default",):
             if name in self._templates:

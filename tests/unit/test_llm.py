@@ -1,10 +1,13 @@
 import gc
+import json
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 import mili
-from mili import LLM, ConfigError, MiliError, RequestError, SamplingParams
+from mili import LLM, ConfigError, MiliError, RequestError, SamplingParams, runtime_threads
 from mili.tokenizer import Tokenizer
 from support import fake_llm
 
@@ -268,6 +271,46 @@ def test_an_exception_in_a_step_reaches_the_caller_and_nothing_stays(monkeypatch
         check_idle(llm)
 
 
+@pytest.mark.parametrize("where", ["acquire", "grow", "commit", "release", "next_shared_page"])
+def test_ctrl_c_waits_until_nothing_is_half_done(llm, monkeypatch, where):
+    cache = llm._loaded.engine._cache
+    verb = getattr(cache, where)
+
+    def interrupted(*args, **kwargs):
+        monkeypatch.setattr(cache, where, verb)
+        signal.raise_signal(signal.SIGINT)
+        return verb(*args, **kwargs)
+
+    prompts = [[7] * 20, [8] * 40]
+    expected = [output.outputs for output in llm.generate(prompts, SHORT, use_tqdm=False)]
+    other = llm.stream([9] * 20, SHORT)
+    next(other)
+    llm.reset_prefix_cache()
+    for begin in (lambda: llm.generate(prompts, SHORT, use_tqdm=False), lambda: list(llm.stream(prompts[1], SHORT))):
+        monkeypatch.setattr(cache, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            begin()
+        assert getattr(cache, where) == verb and len(llm._loaded.engine._groups) == 1, "the other stream's"
+        cache.check_invariants()
+    assert list(other)[-1].finished
+    check_idle(llm)
+    assert [output.outputs for output in llm.generate(prompts, SHORT, use_tqdm=False)] == expected
+
+
+def test_a_process_that_was_forked_is_told_so(llm, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: -1)
+        with pytest.raises(MiliError, match="fork"):
+            llm.generate([1], SHORT)
+    check_idle(llm)
+
+
+def test_a_fork_of_a_process_with_a_model_loads_none(monkeypatch):
+    monkeypatch.setattr(runtime_threads.of_process(), "process", -1)
+    with pytest.raises(ConfigError, match="had loaded a model"):
+        LLM(device="cpu")
+
+
 def test_an_open_stream_survives_a_call_that_fails(llm):
     stream = llm.stream("a", SHORT)
     next(stream)
@@ -291,6 +334,14 @@ def test_a_closed_llm_says_so(llm, runners):
     ):
         with pytest.raises(MiliError, match="closed"):
             call()
+
+
+def test_recommended_parameters_out_of_range_are_a_mistake_of_the_checkpoint(runners, tmp_path):
+    folder = shutil.copytree(FOLDER, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1e7}))
+    with pytest.raises(ConfigError, match=r"generation_config\.json: repetition_penalty must be"):
+        LLM(folder)
+    assert not runners
 
 
 def test_plan_takes_the_keywords_of_llm():
