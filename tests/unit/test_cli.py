@@ -62,6 +62,18 @@ def test_generate_reads_a_file_or_standard_input(run, runners, tmp_path):
     assert run(*words, "a b c\n") == from_file
 
 
+def test_no_standard_input_and_other_encodings_are_mistakes(run, runners, tmp_path, monkeypatch):
+    for command in ("generate", "chat"):
+        monkeypatch.setattr("sys.stdin", None)
+        with pytest.raises(SystemExit) as end:
+            main([command])
+        assert end.value.code == 2
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    code, out, err = run("generate", "--file", tmp_path / "latin.txt")
+    assert (code, out) == (2, "")
+    assert "latin.txt is not UTF-8 text: unexpected end of data at byte 3." in err
+
+
 def test_generate_passes_every_option_on(run, runners):
     code, _, err = run(
         *("generate", "x", "--temperature", 0.5, "--top-p", 0.9, "--top-k", 7, "--min-p", 0.1, "--seed", 3),

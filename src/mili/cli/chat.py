@@ -29,6 +29,8 @@ def chat(system: str | None, thinking: bool | None, **options: Any) -> None:
     """Hold a conversation, line by line."""
     template_kwargs = {} if thinking is None else {"enable_thinking": thinking}
     opening = [] if system is None else [{"role": "system", "content": system}]
+    if sys.stdin is None:  # closed by whoever started this process
+        raise click.UsageError("no standard input to read messages from.")
     interactive = sys.stdin.isatty()
     with build_llm(options) as llm:
         params = build_sampling_params(llm, options)

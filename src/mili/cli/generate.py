@@ -43,8 +43,11 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None:
         return prompt
     if file is not None and str(file) != "-":
-        return file.read_text(encoding="utf-8")
-    if file is None and sys.stdin.isatty():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+    if sys.stdin is None or (file is None and sys.stdin.isatty()):  # None: closed by whoever started this process
         raise click.UsageError("no prompt: give it as an argument, with --file, or on standard input.")
     return sys.stdin.read()
 
