@@ -114,7 +114,7 @@ def plan_memory(
         raise ConfigError(
             f"one request of max_model_len {max_model_len} needs {one_request} bytes ({format_bytes(one_request)}) of "
             f"KV cache, but {_shortage(engine, budget, usable, weights, activations, on_cpu)}; "
-            f"{_remedy(engine, tokens, one_request, on_cpu)}"
+            f"{_remedy(engine, tokens, one_request, usable - weights, free_bytes - weights - activations, on_cpu)}"
         )
     num_pages = min(budget // page_bytes, _SLOT_LIMIT // engine.page_size)
     return MemoryPlan(
@@ -129,14 +129,20 @@ def _shortage(engine: EngineConfig, budget: int, usable: int, weights: int, acti
     return _account(usable, weights, activations) + share
 
 
-def _remedy(engine: EngineConfig, tokens: int, one_request: int, on_cpu: bool) -> str:
+def _remedy(
+    engine: EngineConfig, tokens: int, one_request: int, beside_weights: int, room_in_all: int, on_cpu: bool
+) -> str:
+    """What would help: bytes beside the weights count if steps are smaller, bytes in all if the share is larger."""
     remedies = []
     if tokens:
         remedies.append(f"set max_model_len (--max-model-len) to at most {tokens}")
     if engine.kv_cache_memory_bytes is not None:
         remedies.append(f"set kv_cache_memory_bytes (--kv-cache-memory-bytes) to at least {one_request}")
-    elif not on_cpu and engine.gpu_memory_utilization < 1.0:
-        remedies.append("raise gpu_memory_utilization (--gpu-memory-utilization)")
+    else:
+        if beside_weights >= one_request:
+            remedies.append("lower max_num_batched_tokens (--max-num-batched-tokens) or max_num_seqs (--max-num-seqs)")
+        if not on_cpu and engine.gpu_memory_utilization < 1.0 and room_in_all >= one_request:
+            remedies.append("raise gpu_memory_utilization (--gpu-memory-utilization)")
     return " or ".join(remedies or ["use a smaller model, a smaller dtype or a device with more memory"])
 
 

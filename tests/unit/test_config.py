@@ -235,6 +235,12 @@ def test_engine_options_are_checked(field: str, value: Any) -> None:
     assert field in str(error.value) and repr(value) in str(error.value)
 
 
+def test_numpys_numbers_are_numbers() -> None:
+    config = EngineConfig(max_model_len=np.int64(300), seed=np.uint8(3), gpu_memory_utilization=np.float32(0.5))
+    assert config == EngineConfig(max_model_len=300, seed=3, gpu_memory_utilization=0.5)
+    assert type(config.max_model_len) is type(config.seed) is int and type(config.gpu_memory_utilization) is float
+
+
 def test_engine_config_is_frozen_and_strict() -> None:
     with pytest.raises(TypeError):
         EngineConfig(block_sizes=16)  # type: ignore[call-arg]

@@ -142,6 +142,15 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
             plan(model(tmp_path), GIB, on_cpu=on_cpu)
 
 
+def test_steps_that_do_not_fit(tmp_path: Path) -> None:
+    config = model(tmp_path)
+    with pytest.raises(ConfigError, match=r"lower max_num_batched_tokens .* or raise gpu_memory_utilization"):
+        plan(config, 24 * GIB, on_cpu=False, max_num_batched_tokens=200_000, gpu_memory_utilization=0.3)
+    with pytest.raises(ConfigError, match="lower max_num_batched_tokens") as error:
+        plan(config, 24 * GIB, on_cpu=False, max_num_batched_tokens=10**9)
+    assert "raise gpu" not in str(error.value), "all of the memory is not enough"
+
+
 def test_plan_model_reads_no_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
     got = plan_model(tmp_path, EngineConfig(device="cpu", dtype="float32"), hf_overrides={"num_hidden_layers": 3})

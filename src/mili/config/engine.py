@@ -3,8 +3,10 @@
 Knows ranges and how an option left open follows from the model; touches no device. Nothing changes it afterwards.
 """
 
+import operator
 import re
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 from mili.config.model import ModelConfig
@@ -47,8 +49,9 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 self._integer(name, 1)
         share = self.gpu_memory_utilization
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0.0 < share <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, got {share!r}")
+        object.__setattr__(self, "gpu_memory_utilization", float(share))
         for name in ("enable_prefix_caching", "enforce_eager", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -63,10 +66,14 @@ class EngineConfig:
 
     def _integer(self, name: str, minimum: int, maximum: int | None = None) -> None:
         value = getattr(self, name)
-        fits = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-        if not fits or (maximum is not None and value > maximum):
+        try:
+            number = None if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            number = None
+        if number is None or number < minimum or (maximum is not None and number > maximum):
             limit = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
             raise ConfigError(f"{name} must be an integer {limit}, got {value!r}")
+        object.__setattr__(self, name, number)  # plain, where NumPy's was given
 
     @property
     def device_kind(self) -> str:
