@@ -62,12 +62,14 @@ def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     """The token ids that spell each of `words`, at the start of a text and after a space, as vLLM finds them."""
     found: list[list[int]] = []
     for word in words:
-        at_start = tokenizer.encode(word.lstrip(), add_special_tokens=False)
-        after_space = tokenizer.encode(f" {word.lstrip()}", add_special_tokens=False)
-        if at_start:
-            found.append(at_start)
+        bare = word.lstrip() or word  # white space alone is a word too
+        at_start = tokenizer.encode(bare, add_special_tokens=False)
+        if not at_start:
+            continue
+        found.append(at_start)
+        after_space = tokenizer.encode(f" {bare}", add_special_tokens=False)
         # With another first token and as many of them the space is part of the word's own token.
-        if at_start and after_space[0] != at_start[0] and len(after_space) == len(at_start):
+        if not bare.isspace() and after_space[0] != at_start[0] and len(after_space) == len(at_start):
             found.append(after_space)
     return found
 

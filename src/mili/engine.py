@@ -113,7 +113,7 @@ class Engine:
             self.limits.max_len(len(prompt_token_ids), params),
             seed,
             self._eos_token_ids,
-            bad_word_ids(params.bad_words, self._tokenizer),
+            bad_word_ids(params.bad_words or (), self._tokenizer),
             self._tokenizer,
             self._grammars,
         )

@@ -55,7 +55,7 @@ class Request:
     def __post_init__(self) -> None:
         assert 0 < len(self.prompt_token_ids) < self.max_len, "no prompt, or no room for one token after it"
         self.token_ids = list(self.prompt_token_ids)
-        self.stop_ids = frozenset(self.params.stop_token_ids)
+        self.stop_ids = frozenset(self.params.stop_token_ids or ())
         if not self.params.ignore_eos:
             self.stop_ids |= self.eos_token_ids
 

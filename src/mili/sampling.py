@@ -213,7 +213,7 @@ def _no_edits(count: int) -> FloatArray:
 
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
     """Raises RequestError if a token id in `params` does not exist in a vocabulary of `vocab_size`."""
-    for name, token_ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
+    for name, token_ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids or ())):
         for token_id in token_ids:
             if token_id >= vocab_size:
                 raise RequestError(f"{name}: token id {token_id} is not below the vocabulary size {vocab_size}")

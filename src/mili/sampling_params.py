@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 from mili.errors import RequestError
 from mili.structured_outputs import StructuredOutputsParams
@@ -20,6 +20,7 @@ MAX_LOGPROBS = 20
 
 _GREEDY_BELOW = 1e-5
 _TOKEN_ID_LIMIT = 2**31
+_NUMBERS = (SupportsFloat, SupportsIndex)  # float() would read text as well
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,8 @@ class SamplingParams:
         logprobs: Alternatives to report per generated token, 0..20; 0 reports the chosen token alone.
         prompt_logprobs: The same for prompt tokens.
         logit_bias: Added to the logits of these token ids, in [-100, 100].
-        bad_words: Strings that must not be generated.
+        bad_words: Strings that must not be generated as the tokens that spell them, at a text's start or after a space;
+            as in vLLM, other tokens may spell them too.
         skip_special_tokens: Leave special tokens out of the text.
         detokenize: Produce text; ``False`` gives token ids only.
         structured_outputs: The form that the text must have; it ends where the form does, so ``ignore_eos`` and
@@ -68,8 +70,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     max_tokens: int | None = None
@@ -77,7 +79,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
-    bad_words: Sequence[str] = ()
+    bad_words: Sequence[str] | None = ()
     skip_special_tokens: bool = True
     detokenize: bool = True
     structured_outputs: StructuredOutputsParams | None = None
@@ -145,8 +147,8 @@ class SamplingParams:
 def _number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> float:
     """``value`` as a finite float in [low, high], or in (low, high] with ``above``."""
     try:
-        number = float(value) if not isinstance(value, (bool, str)) else math.nan
-    except (TypeError, ValueError):
+        number = float(value) if isinstance(value, _NUMBERS) and not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):  # an array; an integer beyond every float
         number = math.nan
     if not math.isfinite(number) or number < low or number > high or (above and number == low):
         limit = f"{'above' if above else 'of at least'} {low:g}"
