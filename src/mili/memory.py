@@ -7,7 +7,7 @@ named the option, with the value, that would make it fit.
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mili.config import EngineConfig, ModelConfig
@@ -111,10 +111,14 @@ def plan_memory(
         budget = room
     if budget < one_request:
         tokens = max(budget // page_bytes - 1, 0) * engine.page_size
+        smallest = replace(engine, max_num_seqs=1, max_num_batched_tokens=1)
+        with_small_steps = room + activation_bytes(model, engine, on_cpu=on_cpu)
+        with_small_steps -= activation_bytes(model, smallest, on_cpu=on_cpu)
+        with_all = free_bytes - weights - activations
         raise ConfigError(
             f"one request of max_model_len {max_model_len} needs {one_request} bytes ({format_bytes(one_request)}) of "
             f"KV cache, but {_shortage(engine, budget, usable, weights, activations, on_cpu)}; "
-            f"{_remedy(engine, tokens, one_request, usable - weights, free_bytes - weights - activations, on_cpu)}"
+            f"{_remedy(engine, tokens, one_request, with_small_steps, with_all, on_cpu)}"
         )
     num_pages = min(budget // page_bytes, _SLOT_LIMIT // engine.page_size)
     return MemoryPlan(
@@ -130,18 +134,18 @@ def _shortage(engine: EngineConfig, budget: int, usable: int, weights: int, acti
 
 
 def _remedy(
-    engine: EngineConfig, tokens: int, one_request: int, beside_weights: int, room_in_all: int, on_cpu: bool
+    engine: EngineConfig, tokens: int, one_request: int, with_small_steps: int, with_all: int, on_cpu: bool
 ) -> str:
-    """What would help: bytes beside the weights count if steps are smaller, bytes in all if the share is larger."""
+    """What would help; `tokens` fit, and there is so much room with the smallest steps, or with all of the memory."""
     remedies = []
     if tokens:
         remedies.append(f"set max_model_len (--max-model-len) to at most {tokens}")
     if engine.kv_cache_memory_bytes is not None:
         remedies.append(f"set kv_cache_memory_bytes (--kv-cache-memory-bytes) to at least {one_request}")
     else:
-        if beside_weights >= one_request:
+        if not tokens and with_small_steps >= one_request:
             remedies.append("lower max_num_batched_tokens (--max-num-batched-tokens) or max_num_seqs (--max-num-seqs)")
-        if not on_cpu and engine.gpu_memory_utilization < 1.0 and room_in_all >= one_request:
+        if not on_cpu and engine.gpu_memory_utilization < 1.0 and with_all >= one_request:
             remedies.append("raise gpu_memory_utilization (--gpu-memory-utilization)")
     return " or ".join(remedies or ["use a smaller model, a smaller dtype or a device with more memory"])
 
