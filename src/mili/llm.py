@@ -1,10 +1,11 @@
 """`LLM`: load a model once, then generate text from Python.
 
-It turns prompts into token ids and outputs into lists; what happens in between is the engine's. Not thread-safe.
+It turns prompts into token ids and outputs into lists; what happens in between is the engine's. Threads take turns.
 Invariant: a call either returns outputs for all its prompts or raises and leaves nothing of them in the engine; other
 streams that are open at the time go on.
 """
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,11 @@ from mili.tokenizer import Tokenizer
 
 
 class LLM:
-    """A loaded model. Use it as a context manager, or call `close`, to free the device."""
+    """A loaded model. Use it as a context manager, or call `close`, to free the device.
+
+    Several threads may call it, one after the other: a call waits until that of another thread is over, or its stream's
+    next output there. `AsyncLLM` serves many callers at once.
+    """
 
     def __init__(
         self,
@@ -90,6 +95,7 @@ class LLM:
             seed=seed,
         )
         self._loaded = LoadedModel(model, config, hf_overrides, revision)
+        self._turn = threading.RLock()  # to step the engine; again for streams that Python collects meanwhile
         self._tokenizer = self._loaded.tokenizer
         self._default_params = self._loaded.default_params
         self.model: str = self._loaded.name
@@ -212,11 +218,13 @@ class LLM:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False if some stay because open streams use them."""
-        return self._loaded.engine.reset_prefix_cache()
+        with self._turn:
+            return self._loaded.engine.reset_prefix_cache()
 
     def close(self) -> None:
         """End open streams and free the device; safe to call again."""
-        self._loaded.close()
+        with self._turn:
+            self._loaded.close()
 
     def __enter__(self) -> Self:
         return self
@@ -237,7 +245,8 @@ class LLM:
         unfinished: set[str] = set()
         outputs: dict[str, RequestOutput] = {}
         progress = tqdm(total=len(prompts), desc="generate", unit="prompt", dynamic_ncols=True, disable=not use_tqdm)
-        with progress as bar, HeldInterrupts() as interrupts:
+        with self._turn, progress as bar, HeldInterrupts() as interrupts:
+            engine = self._loaded.engine  # raises if another thread closed it
             try:
                 while todo or unfinished:
                     interrupts.check()  # between two steps every request is in its place
@@ -269,7 +278,8 @@ class LLM:
         request_id, finished = "", False
         try:
             while not finished:
-                with HeldInterrupts() as interrupts:
+                with self._turn, HeldInterrupts() as interrupts:
+                    engine = self._loaded.engine  # raises if it was closed meanwhile
                     request_id = request_id or engine.add(prompt.token_ids or (), params, prompt=prompt.text)
                     while not engine.has_news(request_id):  # another stream's step may have brought some
                         interrupts.check()
@@ -277,9 +287,8 @@ class LLM:
                     output = engine.take(request_id)
                 finished = output.finished
                 yield output
-                engine = self._loaded.engine  # raises if it was closed meanwhile
         finally:
-            with HeldInterrupts():
+            with self._turn, HeldInterrupts():
                 engine.abort(request_id)
 
 

@@ -2,6 +2,7 @@ import gc
 import json
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,22 @@ def test_ctrl_c_waits_until_nothing_is_half_done(llm, monkeypatch, where):
     assert list(other)[-1].finished
     check_idle(llm)
     assert [output.outputs for output in llm.generate(prompts, SHORT, use_tqdm=False)] == expected
+
+
+def test_threads_take_turns(llm):
+    prompts = [[5 + index] * 9 for index in range(6)]
+    expected = [output.outputs for output in llm.generate(prompts, SHORT, use_tqdm=False)]
+
+    def work(number: int) -> bool:
+        if number % 2:
+            return [list(llm.stream(prompt, SHORT))[-1].outputs[0].token_ids for prompt in prompts] == [
+                completion.token_ids for (completion,) in expected
+            ]
+        return [output.outputs for output in llm.generate(prompts, SHORT, use_tqdm=False)] == expected
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(24)))
+    check_idle(llm)
 
 
 def test_a_process_that_was_forked_is_told_so(llm, monkeypatch):
