@@ -5,9 +5,9 @@ Invariant: a call either returns outputs for all its prompts or raises and leave
 streams that are open at the time go on.
 """
 
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from mili.config import EngineConfig, ModelConfig
 from mili.errors import RequestError
-from mili.interrupts import HeldInterrupts
 from mili.loaded_model import LoadedModel
 from mili.memory import MemoryPlan
 from mili.outputs import RequestOutput
@@ -24,6 +23,7 @@ from mili.plan import ModelPlan, plan_model
 from mili.prompts import Messages, Prompt, PromptLike, match_params, parse_conversations, parse_prompts
 from mili.sampling_params import SamplingParams
 from mili.tokenizer import Tokenizer
+from mili.turns import Turns
 
 
 class LLM:
@@ -95,7 +95,7 @@ class LLM:
             seed=seed,
         )
         self._loaded = LoadedModel(model, config, hf_overrides, revision)
-        self._turn = threading.RLock()  # to step the engine; again for streams that Python collects meanwhile
+        self._turns = Turns()
         self._tokenizer = self._loaded.tokenizer
         self._default_params = self._loaded.default_params
         self.model: str = self._loaded.name
@@ -218,12 +218,12 @@ class LLM:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False if some stay because open streams use them."""
-        with self._turn:
+        with self._turns.take():
             return self._loaded.engine.reset_prefix_cache()
 
     def close(self) -> None:
         """End open streams and free the device; safe to call again."""
-        with self._turn:
+        with self._turns.take():
             self._loaded.close()
 
     def __enter__(self) -> Self:
@@ -245,11 +245,11 @@ class LLM:
         unfinished: set[str] = set()
         outputs: dict[str, RequestOutput] = {}
         progress = tqdm(total=len(prompts), desc="generate", unit="prompt", dynamic_ncols=True, disable=not use_tqdm)
-        with self._turn, progress as bar, HeldInterrupts() as interrupts:
+        with self._turns.take() as pause, progress as bar:
             engine = self._loaded.engine  # raises if another thread closed it
             try:
                 while todo or unfinished:
-                    interrupts.check()  # between two steps every request is in its place
+                    pause()  # between two steps every request is in its place
                     room = engine.num_wanted_tokens if todo else 0  # the others are added while the device computes
                     while todo and room > 0:
                         prompt, param = todo.popleft()
@@ -278,18 +278,17 @@ class LLM:
         request_id, finished = "", False
         try:
             while not finished:
-                with self._turn, HeldInterrupts() as interrupts:
+                with self._turns.take() as pause:
                     engine = self._loaded.engine  # raises if it was closed meanwhile
                     request_id = request_id or engine.add(prompt.token_ids or (), params, prompt=prompt.text)
                     while not engine.has_news(request_id):  # another stream's step may have brought some
-                        interrupts.check()
+                        pause()
                         engine.step()
                     output = engine.take(request_id)
                 finished = output.finished
                 yield output
         finally:
-            with self._turn, HeldInterrupts():
-                engine.abort(request_id)
+            self._turns.later(partial(engine.abort, request_id))
 
 
 def _single(prompt: PromptLike) -> list[Prompt]:

@@ -298,6 +298,27 @@ def test_ctrl_c_waits_until_nothing_is_half_done(llm, monkeypatch, where):
     assert [output.outputs for output in llm.generate(prompts, SHORT, use_tqdm=False)] == expected
 
 
+@pytest.mark.parametrize("where", ["acquire", "grow", "commit", "release", "next_shared_page"])
+def test_streams_collected_in_mid_step_end_after_it(llm, monkeypatch, where):
+    cache = llm._loaded.engine._cache
+    verb = getattr(cache, where)
+    expected = llm.generate([[7] * 20, [8] * 40], SHORT, use_tqdm=False)
+    llm.reset_prefix_cache()
+    streams = [llm.stream([9] * 20, SHORT) for _ in range(3)]
+    for stream in streams:
+        next(stream)
+
+    def collected(*args, **kwargs):
+        for stream in streams:
+            stream.close()  # as Python does wherever it collects garbage
+        return verb(*args, **kwargs)
+
+    monkeypatch.setattr(cache, where, collected)
+    outputs = llm.generate([[7] * 20, [8] * 40], SHORT, use_tqdm=False)
+    assert [output.outputs for output in outputs] == [output.outputs for output in expected]
+    check_idle(llm)
+
+
 def test_threads_take_turns(llm):
     prompts = [[5 + index] * 9 for index in range(6)]
     expected = [output.outputs for output in llm.generate(prompts, SHORT, use_tqdm=False)]
